@@ -1,0 +1,733 @@
+"""Train a CIFAR-10 ResNet, or nothing but its BatchNorm, with the recipe of arXiv 2003.00152.
+
+    python train.py --arch resnet866 --bn-only              # the paper's headline experiment
+    python train.py --arch resnet14 --bn-only --resume      # go on with a run that was stopped
+    python train.py --arch resnet8 --dataset synthetic      # no download, no GPU, about a minute
+
+After every epoch it writes, for --out runs/x.pt: the checkpoint runs/x.pt and the log runs/x.jsonl (one JSON record
+per epoch); at the end also the record of the whole run, runs/x.json, from which analyze.py makes its tables.
+"""
+import argparse
+import functools
+import io
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from models import (batchnorms, build_model, count_features, empty_model, fingerprint, parameter_counts, parse_arch,
+                    part_of, same_fingerprint)
+
+
+class Problem(Exception):
+    """Something that the user can mend: the one line that the user sees, and the exit status (2 for wrong usage)."""
+
+    def __init__(self, text, status=1):
+        super().__init__(text)
+        self.status = status
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+# Normalisation of OpenLTH, the authors' code: the channel statistics of ImageNet.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_data(dataset, data_dir, seed):
+    """The data set as ((train images, train labels), (test images, test labels)), on the CPU.
+
+    Images are uint8 of shape (N, 32, 32, 3), labels int64 of shape (N,); 50,000 train, 10,000 test. `seed` decides
+    what the synthetic images look like. Raises Problem where CIFAR-10 is damaged or can't be had.
+    """
+    return synthetic_data(seed) if dataset == "synthetic" else cifar10_data(data_dir)
+
+
+def cifar10_data(data_dir):
+    """CIFAR-10 from `data_dir`, downloaded by torchvision if there is none. Damaged files are never trained on."""
+    import_torchvision()
+    from torchvision.datasets import CIFAR10 as cifar10
+    from torchvision.datasets.utils import check_integrity
+    folder, archive = data_dir / cifar10.base_folder, data_dir / cifar10.filename
+    if folder.exists():
+        files = [*cifar10.train_list, *cifar10.test_list, [cifar10.meta["filename"], cifar10.meta["md5"]]]
+        damaged = [name for name, md5 in files if not check_integrity(str(folder / name), md5)]
+        if damaged:
+            raise Problem(f"{folder} is incomplete or damaged ({', '.join(damaged)}: missing or MD5 differs): "
+                          "delete the folder, then run again to download CIFAR-10 anew")
+    elif archive.exists() and not check_integrity(str(archive), cifar10.tgz_md5):
+        raise Problem(f"{archive} is only half there or damaged (MD5 differs): delete it, then run again")
+    try:
+        train, test = (cifar10(data_dir, train=part, download=not folder.exists()) for part in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise Problem(f"no CIFAR-10 in {data_dir} and no download ({error}): put {cifar10.url} into {data_dir}, "
+                      "or try --dataset synthetic") from error
+    return tuple((torch.from_numpy(part.data), torch.tensor(part.targets)) for part in (train, test))
+
+
+def import_torchvision():
+    """Import torchvision, also one that was built for CUDA beside a torch that was not, as pip may install them.
+
+    Its compiled operators can't load there, and the import fails on the first that is missing. Reading CIFAR-10 needs
+    none of them, so each is declared, without a body, until the import succeeds.
+    """
+    try:
+        import torchvision   # noqa: F401
+    except RuntimeError as error:
+        missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
+        if not missing:
+            raise Problem(f"torchvision does not work with torch {torch.__version__} ({error}): install a pair that "
+                          "belongs together, as in requirements.txt") from error
+        torch.library.define(missing[1], "() -> ()")
+        import_torchvision()
+
+
+def synthetic_data(seed):
+    """Ten classes in the shape of CIFAR-10, deterministic in the seed, for machines without CIFAR-10.
+
+    A class is a pair of smooth random colour patterns. An image shows one of its class's two, shifted by up to eight
+    pixels, under a pattern that any class may show and under pixel noise.
+    """
+    rng = np.random.RandomState(seed)
+
+    def patterns(count):   # (count, 32, 32, 3): random 4x4 colours, enlarged smoothly
+        small = torch.from_numpy(rng.standard_normal((count, 3, 4, 4)))
+        return F.interpolate(small, size=32, mode="bicubic").permute(0, 2, 3, 1).float().numpy()
+
+    class_patterns, distractors = patterns(20), patterns(100)
+
+    def images_of(labels):
+        n, pixel = len(labels), np.arange(32)
+
+        def shown(pattern, which):   # each pattern shifted, with wrap-around
+            dy, dx = rng.randint(-8, 9, (2, n, 1))
+            return pattern[which[:, None, None], ((pixel + dy) % 32)[:, :, None], ((pixel + dx) % 32)[:, None, :]]
+
+        images = shown(class_patterns, 2 * labels + rng.randint(0, 2, n)) * 24
+        images += shown(distractors, rng.randint(0, 100, n)) * 40
+        images += rng.randint(0, 128, images.shape, dtype=np.uint8)
+        return torch.from_numpy((images + 64).clip(0, 255).astype(np.uint8))
+
+    def split(size):   # a thousand images at a time, to stay in a processor's cache
+        labels = rng.randint(0, 10, size)
+        return torch.cat([images_of(part) for part in labels.reshape(-1, 1000)]), torch.from_numpy(labels)
+
+    return split(50_000), split(10_000)
+
+
+def draw_augmentation(n, generator):
+    """One epoch's chance: the order of the n images, a crop offset in 0 .. 8 (y, x) and a flip for each batch slot.
+
+    Drawn on the CPU whatever the device, so that the same seed gives the same batches everywhere.
+    """
+    order = torch.randperm(n, generator=generator)
+    offset = torch.randint(0, 9, (n, 2), generator=generator)
+    flip = torch.randint(0, 2, (n,), generator=generator).bool()
+    return order, offset, flip
+
+
+def augment(padded, index, offset, flip):
+    """Crop 32x32 and flip each image in its own way, the whole batch in one gather.
+
+    padded: (N, 40, 40, 3), the images with a border of 4 black pixels; index, flip: (B,); offset: (B, 2), y and x.
+    Returns (B, 32, 32, 3).
+    """
+    pixel = torch.arange(32, device=padded.device)
+    rows = offset[:, :1] + pixel                                                # (B, 32)
+    cols = offset[:, 1:] + torch.where(flip[:, None], 31 - pixel, pixel)        # (B, 32)
+    return padded[index[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+def normalize(images, dtype=torch.float32):
+    """(B, 32, 32, 3) uint8 -> (B, 3, 32, 32) of `dtype`, normalised by MEAN and STD, in channels_last order."""
+    mean, std = on_device((MEAN, STD), dtype, images.device)
+    return ((images.to(dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def on_device(values, dtype, device):
+    """A constant tensor, copied to its device once rather than in every step."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+# -------------------------------------------------------------------------------------------------- what trains
+
+MODES = {   # --train: which parts of the network (see part_of) are trained
+    "all": {"conv", "shortcut", "bn", "output"},
+    "bn": {"bn"},
+    "not-bn": {"conv", "shortcut", "output"},
+    "output": {"output"},
+    "shortcut": {"shortcut"},
+    "bn+output": {"bn", "output"},
+    "bn+shortcut": {"bn", "shortcut"},
+    "random": set(),   # two weights per output channel of every convolution, see TwoWeightsPerChannel
+}
+
+
+class TwoWeightsPerChannel(nn.Module):
+    """Parametrization of a convolution: two randomly chosen weights of each output channel train, the rest is frozen.
+
+    As many scalars as BatchNorm has (gamma and beta), and a weight that is not chosen can't be moved by momentum or
+    weight decay, because the optimizer never sees it.
+    """
+
+    def __init__(self, weight, rng):
+        super().__init__()
+        c_out, fan_in = weight.shape[0], weight[0].numel()
+        first = rng.randint(0, fan_in, c_out)
+        second = rng.randint(0, fan_in - 1, c_out)
+        second += second >= first                       # uniform over the other fan_in - 1
+        chosen = torch.from_numpy(np.stack([first, second], 1) + fan_in * np.arange(c_out)[:, None]).flatten()
+        self.register_buffer("chosen", chosen)          # (2 c_out,) positions in the flattened weight
+        self.values = nn.Parameter(weight.detach().flatten()[chosen])
+
+    def forward(self, weight):
+        return weight.flatten().scatter(0, self.chosen, self.values.to(weight.dtype)).view_as(weight)
+
+
+def freeze(model, mode, seed):
+    """Let only the parameters of this --train mode require gradients. Returns those that train, in order."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in MODES[mode])
+    if mode == "random":
+        rng = np.random.RandomState([seed, 2])          # its own stream: the features stay those of the seed
+        for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
+            parametrize.register_parametrization(conv, "weight", TwoWeightsPerChannel(conv.weight, rng))
+    return trained_parameters(model)
+
+
+def trained_parameters(model):
+    """The parameters that require gradients, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def frozen_parameters(model):
+    """The parameters that keep their initial value, in the model's order."""
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+# The whole state of a run. A network's frozen weights are not in it: they come back from (arch, seed), and the
+# fingerprint proves it. Vectors, not one tensor per layer: resnet866 has 867 BatchNorm layers and would otherwise
+# spend more bytes on names than on numbers.
+VERSION = 1
+FIELDS = {
+    "version": int,
+    "options": dict,              # see RECIPE
+    "epoch": int,                 # epochs done
+    "trained": torch.Tensor,      # all trained parameters, flattened and concatenated
+    "momentum": torch.Tensor,     # the optimizer's momentum buffers, likewise
+    "running_mean": torch.Tensor, # of all BatchNorm layers, concatenated
+    "running_var": torch.Tensor,
+    "pruned_below": float,        # gammas with |gamma| below this are zero (prune.py --save)
+    "fingerprint": list,          # of the frozen parameters
+    "rng": torch.Tensor,          # state of the generator of data order and augmentation
+    "scaler": dict,               # state of the gradient scaler, empty but for fp16
+    "records": list,              # one dict per epoch done
+}
+# What makes a run what it is. --resume refuses to go on with other values; the record of a run states them.
+RECIPE = {"arch": str, "train": str, "dataset": str, "seed": int, "epochs": int, "batch_size": int, "lr": float,
+          "weight_decay": float, "amp": str}
+
+
+def flatten(tensors):
+    """One vector of all the numbers in a list of tensors."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+
+
+@torch.no_grad()
+def unflatten(vector, tensors):
+    """Copy a vector back into the tensors that `flatten` made it from."""
+    for tensor, part in zip(tensors, vector.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def write_atomically(path, content):
+    """Write bytes to a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    Whatever happens in between, `path` holds the old content or the new, never a part.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint, a dict of FIELDS, atomically."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_atomically(path, content.getbuffer())
+
+
+def load_checkpoint(path):
+    """Read and check a checkpoint (a Path) from anyone: no code in it runs. Returns a dict of FIELDS.
+
+    Raises Problem for a file that is missing, truncated, foreign, of another version or inconsistent.
+    """
+    if not path.is_file():
+        raise Problem(f"{path}: no such checkpoint; train.py writes one after its first epoch")
+    try:
+        # torch.load trusts the sizes that a file states and skips its checksums, so look at them first.
+        with zipfile.ZipFile(path) as archive:
+            stated = sum(entry.file_size for entry in archive.infolist())
+            if stated > path.stat().st_size or archive.testzip() is not None:
+                raise ValueError("sizes or checksums do not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_checkpoint(checkpoint, stated)
+    except Problem as problem:
+        raise Problem(f"{path}: {problem}") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:   # whatever a damaged file makes the readers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise Problem(f"{path} is not a checkpoint of train.py, or is damaged ({reason})") from None
+    return checkpoint
+
+
+def check_checkpoint(checkpoint, size):
+    """Raise Problem, or any other exception, unless this object read from `size` bytes is a consistent checkpoint."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("version"), int):
+        raise Problem("a PyTorch file, but not a checkpoint of train.py")
+    if checkpoint["version"] != VERSION:
+        raise Problem(f"format version {checkpoint['version']}, but this code reads version {VERSION}: "
+                      "use the release that wrote it")
+    for table, fields, what in ((checkpoint, FIELDS, "field"), (checkpoint["options"], RECIPE, "option")):
+        for name in {*fields, *table}:
+            if name not in fields or name not in table or type(table[name]) is not fields[name]:
+                raise Problem(f"damaged checkpoint: {what} {name!r} is missing, unknown or of a wrong type")
+    options, epoch, records = checkpoint["options"], checkpoint["epoch"], checkpoint["records"]
+    try:
+        parse_arch(options["arch"])
+        check_recipe(options)
+    except ValueError as error:
+        raise Problem(f"damaged checkpoint: {error}") from None
+    if not (1 <= epoch == len(records) <= options["epochs"] and 0 <= checkpoint["pruned_below"] < math.inf):
+        raise Problem("damaged checkpoint: epoch, records and options contradict each other")
+    for number, record in enumerate(records, 1):
+        if set(record) != set(RECORD) or record["epoch"] != number or not all(map(math.isfinite, record.values())):
+            raise Problem(f"damaged checkpoint: the record of epoch {number} is not one")
+    # The lengths come before any network is built, so that a forged name can't ask for more memory than the file has.
+    features = count_features(options["arch"])
+    for name in ("running_mean", "running_var", "trained", "momentum"):
+        vector = checkpoint[name]
+        if vector.dtype != torch.float32 or vector.dim() != 1 or not vector.is_contiguous() \
+                or vector.untyped_storage().nbytes() > size or not vector.isfinite().all():
+            raise Problem(f"damaged checkpoint: {name} is not a vector of finite float32 numbers")
+        if name.startswith("running") and len(vector) != features:
+            raise Problem(f"{name} has {len(vector)} entries, but {options['arch']} has {features} features: "
+                          "the checkpoint of another network, or damaged")
+    if len(checkpoint["trained"]) != len(checkpoint["momentum"]) or (checkpoint["running_var"] < 0).any():
+        raise Problem("damaged checkpoint: momentum or running_var is wrong")
+    if len(checkpoint["fingerprint"]) != 3 or not all(map(math.isfinite, checkpoint["fingerprint"])):
+        raise Problem("damaged checkpoint: the fingerprint of the frozen weights is not three numbers")
+    torch.Generator().set_state(checkpoint["rng"])   # raises if it is no state
+
+
+def restore_model(checkpoint):
+    """The network of a checkpoint as load_checkpoint returns it, on the CPU.
+
+    Regenerates the frozen weights from the seed; raises Problem if they are not those the checkpoint was made with.
+    """
+    options = checkpoint["options"]
+    model = build_model(options["arch"], options["seed"])
+    trained = freeze(model, options["train"], options["seed"])
+    expected = sum(parameter.numel() for parameter in trained)
+    if len(checkpoint["trained"]) != expected:
+        raise Problem(f"{len(checkpoint['trained'])} trained parameters, but {options['arch']} with --train "
+                      f"{options['train']} has {expected}: the checkpoint of another network, or damaged")
+    if not same_fingerprint(checkpoint["fingerprint"], fingerprint(frozen_parameters(model))):
+        raise Problem(f"the frozen weights made from seed {options['seed']} are not those that this checkpoint was "
+                      "trained with (their fingerprints differ): the seed was changed, or this code was")
+    unflatten(checkpoint["trained"], trained)
+    for name in ("running_mean", "running_var"):
+        unflatten(checkpoint[name], running_statistics(model, name))
+    zero_gammas(model, checkpoint["pruned_below"])
+    return model
+
+
+def running_statistics(model, name):
+    """The "running_mean" or the "running_var" of every BatchNorm layer, as a list of tensors."""
+    return [getattr(bn, name) for _, bn in batchnorms(model)]
+
+
+@torch.no_grad()
+def zero_gammas(model, threshold):
+    """Set every gamma with |gamma| < threshold to zero. Beta stays: such a feature becomes a constant."""
+    for _, bn in batchnorms(model):
+        bn.weight.masked_fill_(bn.weight.abs() < threshold, 0)
+
+
+# --------------------------------------------------------------------------------------------- step, evaluation
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+
+
+def autocast(device, amp):
+    """The autocast context of an --amp value on this device."""
+    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")
+
+
+def train_step(model, optimizer, scaler, images, labels, amp):
+    """One step of SGD on normalised images (B, 3, 32, 32). Returns (mean loss, correct predictions) as tensors."""
+    with autocast(images.device, amp):
+        logits = model(images)
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
+@torch.no_grad()
+def evaluate(model, images, labels, amp):
+    """Accuracy in percent on uint8 images (N, 32, 32, 3), with running statistics, leaving the model in eval mode."""
+    model.eval()
+    batch = 1000 if images.is_cuda else 125   # a processor is fastest while a layer's features fit its cache
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for start in range(0, len(images), batch):
+        with autocast(images.device, amp):
+            logits = model(normalize(images[start:start + batch]))
+        correct += (logits.argmax(1) == labels[start:start + batch]).sum()
+    return 100 * correct.item() / len(images)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+RECORD = ("epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second")
+
+
+def learning_rate(lr, epoch, epochs):
+    """The learning rate of an epoch counted from 0: divided by 10 at one half and at three quarters of the epochs."""
+    return lr * 0.1 ** ((epoch >= epochs / 2) + (epoch >= epochs * 3 / 4))
+
+
+def check_recipe(options):
+    """Raise ValueError with the reason if an option of a run (see RECIPE) is out of its range."""
+    for name, choices in (("train", MODES), ("dataset", DATASETS), ("amp", AMP_DTYPES)):
+        if options[name] not in choices:
+            raise ValueError(f"{flag(name)} {options[name]}: choose one of {', '.join(choices)}")
+    for name, holds, what in (
+            ("seed", 0 <= options["seed"] < 2 ** 32, "0 to 4294967295"),
+            ("epochs", options["epochs"] >= 1, "at least 1"),
+            ("batch_size", options["batch_size"] >= 1, "at least 1"),
+            ("lr", 0 < options["lr"] < math.inf, "a finite number above 0"),
+            ("weight_decay", 0 <= options["weight_decay"] < math.inf, "a finite number, 0 or more")):
+        if not holds:
+            raise ValueError(f"{flag(name)} {options[name]}: must be {what}")
+
+
+def flag(name):
+    """The command-line flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def load_for_resume(path, options):
+    """The checkpoint to go on from, or None if there is none yet. Raises Problem if it is of another run."""
+    if not path.exists():
+        print(f"{path} does not exist yet: starting from scratch")
+        return None
+    checkpoint = load_checkpoint(path)
+    differences = [f"{flag(name)} {value} (checkpoint: {checkpoint['options'][name]})"
+                   for name, value in options.items() if value != checkpoint["options"][name]]
+    if checkpoint["pruned_below"] > 0:
+        raise Problem(f"{path} is a pruned network, which can't be trained on: choose another --out", 2)
+    if differences:
+        why = ", whose learning-rate schedule would be another" if "--epochs" in "".join(differences) else ""
+        raise Problem(f"--resume goes on with the run in {path}, so these options contradict it: "
+                      f"{', '.join(differences)}{why}; use the checkpoint's, or another --out", 2)
+    return checkpoint
+
+
+def train(args, device):
+    """Run or resume the training that the parsed command line describes, to its last epoch.
+
+    Raises Problem for what the user can mend: a checkpoint of another run, no data, a loss that is not finite.
+    """
+    options = {name: getattr(args, name) for name in RECIPE}
+    checkpoint = load_for_resume(args.out, options) if args.resume else None
+    records = checkpoint["records"] if checkpoint else []
+    if len(records) == args.epochs:
+        print(f"{args.out} is finished: epoch {args.epochs}, test accuracy {records[-1]['test_accuracy']:.2f} %")
+        return
+    if args.out.exists() and not checkpoint:
+        raise Problem(f"{args.out} exists: add --resume to go on with it, or choose another --out, or delete it", 2)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_log(args.out, records)   # now, because a folder that can't be written should not cost an epoch
+
+    train_data, test_data = load_data(args.dataset, args.data_dir, args.seed)
+    n = len(train_data[0])
+    if args.batch_size > n:
+        raise Problem(f"--batch-size {args.batch_size} is more than the {n} training images", 2)
+    padded = F.pad(train_data[0], (0, 0, 4, 4, 4, 4)).to(device)     # (n, 40, 40, 3) uint8 with a black border
+    train_labels, test_images, test_labels = (tensor.to(device) for tensor in (train_data[1], *test_data))
+
+    model = restore_model(checkpoint) if checkpoint else build_model(args.arch, args.seed)
+    if not checkpoint:
+        freeze(model, args.train, args.seed)
+    frozen_fingerprint = fingerprint(frozen_parameters(model))
+    # channels_last: 1.4 times the images per second of the contiguous layout on a CPU (resnet14, BN-only, fp32).
+    model.to(device, memory_format=torch.channels_last)
+    trained = trained_parameters(model)
+    counts = parameter_counts(empty_model(args.arch))
+    count = sum(parameter.numel() for parameter in trained)
+    print(f"{args.arch}: {count:,} of {counts['all']:,} parameters train ({100 * count / counts['all']:.2f} %)")
+
+    optimizer = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    for parameter in trained:   # zero is where SGD starts: 0.9 * 0 + gradient
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    momentum = [optimizer.state[parameter]["momentum_buffer"] for parameter in trained]
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    generator = torch.Generator().manual_seed(args.seed)
+    if checkpoint:
+        unflatten(checkpoint["momentum"].to(device), momentum)
+        scaler.load_state_dict(checkpoint["scaler"])
+        generator.set_state(checkpoint["rng"])
+        print(f"going on after epoch {len(records)} of {args.out}")
+
+    starts = range(0, n, args.batch_size)   # the last batch of an epoch is a smaller one, as in OpenLTH
+    sizes = torch.tensor([min(args.batch_size, n - start) for start in starts])
+    print("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
+    for epoch in range(len(records), args.epochs):
+        began = time.perf_counter()
+        lr = learning_rate(args.lr, epoch, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        order, offset, flip = (tensor.to(device) for tensor in draw_augmentation(n, generator))
+        losses = torch.zeros(len(starts), device=device)   # read only once an epoch: nothing waits for the GPU
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        model.train()
+        for step, start in enumerate(starts):
+            batch = slice(start, start + args.batch_size)
+            images = normalize(augment(padded, order[batch], offset[batch], flip[batch]))
+            losses[step], hits = train_step(model, optimizer, scaler, images, train_labels[order[batch]], args.amp)
+            correct += hits
+            show_progress(epoch + 1, args.epochs, step + 1, len(starts), n, began)
+        losses = losses.cpu()
+        train_seconds = time.perf_counter() - began
+
+        checkpoint = {
+            "version": VERSION, "options": options, "epoch": epoch + 1, "pruned_below": 0.0, "records": records,
+            "trained": flatten(trained).cpu(), "momentum": flatten(momentum).cpu(),
+            "running_mean": flatten(running_statistics(model, "running_mean")).cpu(),
+            "running_var": flatten(running_statistics(model, "running_var")).cpu(),
+            "fingerprint": frozen_fingerprint, "rng": generator.get_state(), "scaler": scaler.state_dict(),
+        }
+        finite = losses.isfinite() & all(value.isfinite().all() for value in checkpoint.values()
+                                         if isinstance(value, torch.Tensor))
+        if not finite.all():
+            step = finite.logical_not().nonzero()[0].item()
+            kept = f"{args.out} holds the network after epoch {epoch}" if epoch else "no epoch was completed"
+            raise Problem(f"the loss is not finite: {losses[step]:g} at step {step + 1} of epoch {epoch + 1}; {kept}; "
+                          "try a lower --lr, or --amp off")
+        records.append({
+            "epoch": epoch + 1,
+            "train_loss": (losses.double() * sizes).sum().item() / n,
+            "train_accuracy": 100 * correct.item() / n,
+            "test_accuracy": evaluate(model, test_images, test_labels, args.amp),
+            "lr": lr,
+            "seconds": round(time.perf_counter() - began, 3),
+            "images_per_second": round(n / train_seconds, 1),
+        })
+        show_record(records, args.epochs)
+        save_log(args.out, records)
+        if epoch + 1 == args.epochs:
+            save_record(args.out, options, counts, count, device, records)
+        save_checkpoint(args.out, checkpoint)   # last: until it is there, --resume repeats the epoch
+
+    print(f"test accuracy after the last epoch: {records[-1]['test_accuracy']:.2f} %\nNext:")
+    data_dir = "" if args.data_dir == DATA_DIR else f" --data-dir {args.data_dir}"
+    print(f"  python prune.py {args.out}{data_dir}\n  python analyze.py {args.out}")
+
+
+# ------------------------------------------------------------------------------------------------------- output
+
+def show_progress(epoch, epochs, step, steps, n, began):
+    """On a terminal, rewrite the last line to say how far the epoch is, at most four times a second."""
+    now = time.perf_counter()
+    if sys.stdout.isatty() and now - show_progress.shown > 0.25:
+        show_progress.shown = now
+        print(f"\r{epoch:3}/{epochs}  step {step}/{steps}  {step * n / steps / (now - began):,.0f} images/s ",
+              end="", flush=True)
+
+
+show_progress.shown = -math.inf
+
+
+def show_record(records, epochs):
+    """Print the line of the epoch just done."""
+    r = records[-1]
+    left = (epochs - r["epoch"]) * sum(record["seconds"] for record in records[-10:]) / len(records[-10:])
+    if sys.stdout.isatty():
+        print("\r", end="")
+    print(f"{r['epoch']:3}/{epochs:<3} {r['train_loss']:11.4f} {r['train_accuracy']:8.2f} % {r['test_accuracy']:8.2f} % "
+          f"{r['lr']:7.4g} {r['seconds']:8.1f} {r['images_per_second']:9,.0f}  "
+          f"{left // 3600:3.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}", flush=True)
+
+
+def save_log(out, records):
+    """Write the records of all epochs so far beside the checkpoint, one JSON object a line."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(out.with_suffix(".jsonl"), lines.encode())
+
+
+def save_record(out, options, counts, trained_count, device, records):
+    """Write the record of a finished run beside its checkpoint: what was run, where, and what came of it."""
+    record = {
+        **options,
+        "parameters": {**counts, "trained": trained_count},
+        "commit": commit(),
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "test_accuracy": records[-1]["test_accuracy"],   # of the last epoch, never of the best
+        "seconds": round(sum(r["seconds"] for r in records), 1),
+        "records": records,
+    }
+    write_record(out, record)
+
+
+def write_record(out, record):
+    """Write the record of the run with this checkpoint: JSON with one epoch a line, so that a diff can be read."""
+    text = json.dumps(record, indent=1)
+    write_atomically(out.with_suffix(".json"), (text + "\n").encode())
+
+
+def commit():
+    """The git commit of this code, with "-dirty" if a file differs from it, or None outside a repository."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware(device):
+    """The GPU's name, or the processor's and how many threads PyTorch uses on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if (cpuinfo := pathlib.Path("/proc/cpuinfo")).exists():
+        name = next((line.split(":")[1].strip() for line in cpuinfo.open() if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads" + (" and MPS" if device.type == "mps" else "")
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+DATASETS = ("cifar10", "synthetic")
+DATA_DIR = pathlib.Path("data")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers wrong usage in one line, with exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def parse_args(argv=None):
+    """The command line of train.py as (args, device); --amp auto and --out are replaced by what they stand for."""
+    parser = Parser(description="Train a CIFAR-10 ResNet, or only its BatchNorm (arXiv 2003.00152). "
+                                "The defaults are the paper's recipe.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--arch", default="resnet14", help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--train", choices=MODES, default="all", help="which parameters train, the rest stays random")
+    what.add_argument("--bn-only", dest="train", action="store_const", const="bn", default=argparse.SUPPRESS,
+                      help="short for --train bn")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="synthetic needs no download")
+    parser.add_argument("--data-dir", type=pathlib.Path, default=DATA_DIR, help="where CIFAR-10 is or will be put")
+    parser.add_argument("--epochs", type=int, default=160, help="the learning rate drops at 1/2 and at 3/4 of them")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per step")
+    parser.add_argument("--lr", type=float, default=0.1, help="initial learning rate of SGD with momentum 0.9")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty on whatever trains")
+    parser.add_argument("--seed", type=int, default=0, help="decides initial values, data order and augmentation")
+    parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="auto",
+                        help="mixed precision; auto is bf16 on CUDA (fp16 where it has no bf16) and off elsewhere")
+    add_device_argument(parser)
+    parser.add_argument("--out", type=pathlib.Path, help="the checkpoint (default: runs/<arch>-<train>-s<seed>.pt)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    args = parser.parse_args(argv)
+
+    device = choose_device(args.device)
+    if args.amp == "auto":
+        cuda = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp16"
+        args.amp = cuda if device.type == "cuda" else "off"
+    args.out = args.out or pathlib.Path(f"runs/{args.arch}-{args.train}-s{args.seed}.pt")
+    try:
+        parse_arch(args.arch)
+        check_recipe(vars(args))
+    except ValueError as error:
+        parser.error(str(error))
+    if args.out.suffix != ".pt":
+        parser.error(f"--out {args.out}: the name of a checkpoint ends in .pt")
+    return args, device
+
+
+def add_device_argument(parser):
+    """Give a parser the --device option."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                        help="auto is cuda, else mps, else cpu, whichever there is")
+
+
+def choose_device(name):
+    """The torch device of a --device value; raises Problem if this machine does not have it."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in there if there[name]) if name == "auto" else name
+    if not there[name]:
+        raise Problem(f"--device {name}: PyTorch {torch.__version__} finds no such device here; use --device cpu", 2)
+    return torch.device(name)
+
+
+def run(main):
+    """Call main() and end the program: what goes wrong outside the code's power becomes one line on stderr."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # a polite kill is a Ctrl-C
+    try:
+        return main()
+    except Problem as problem:
+        text, status = str(problem), problem.status
+    except KeyboardInterrupt:
+        text, status = "stopped", 1
+    except torch.OutOfMemoryError as error:
+        text, status = f"the GPU is out of memory ({str(error).split('.')[1].strip()}): use a smaller --batch-size", 1
+    except MemoryError:
+        text, status = "out of memory", 1
+    except OSError as error:
+        text, status = str(error), 1
+    if sys.stdout.isatty():
+        print()   # ends the line of show_progress
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main():
+    args, device = parse_args()
+    try:
+        train(args, device)
+    except KeyboardInterrupt:
+        again = " ".join(sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"])
+        kept = f"to go on after the last complete epoch: python {again}" if args.out.exists() else "before an epoch ended"
+        raise Problem(f"stopped; {kept}") from None
+
+
+if __name__ == "__main__":
+    run(main)
