@@ -16,6 +16,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -115,8 +116,8 @@ def synthetic_data(seed):
             dy, dx = rng.randint(-8, 9, (2, n, 1))
             return pattern[which[:, None, None], ((pixel + dy) % 32)[:, :, None], ((pixel + dx) % 32)[:, None, :]]
 
-        images = shown(class_patterns, 2 * labels + rng.randint(0, 2, n)) * 24
-        images += shown(distractors, rng.randint(0, 100, n)) * 40
+        images = shown(class_patterns, 2 * labels + rng.randint(0, 2, n)) * 50
+        images += shown(distractors, rng.randint(0, 100, n)) * 25
         images += rng.randint(0, 128, images.shape, dtype=np.uint8)
         return torch.from_numpy((images + 64).clip(0, 255).astype(np.uint8))
 
@@ -342,8 +343,8 @@ def check_checkpoint(checkpoint, size):
     torch.Generator().set_state(checkpoint["rng"])   # raises if it is no state
 
 
-def restore_model(checkpoint):
-    """The network of a checkpoint as load_checkpoint returns it, on the CPU.
+def restore_model(checkpoint, path):
+    """The network of a checkpoint that load_checkpoint read from `path`, on the CPU.
 
     Regenerates the frozen weights from the seed; raises Problem if they are not those the checkpoint was made with.
     """
@@ -352,10 +353,10 @@ def restore_model(checkpoint):
     trained = freeze(model, options["train"], options["seed"])
     expected = sum(parameter.numel() for parameter in trained)
     if len(checkpoint["trained"]) != expected:
-        raise Problem(f"{len(checkpoint['trained'])} trained parameters, but {options['arch']} with --train "
+        raise Problem(f"{path}: {len(checkpoint['trained'])} trained parameters, but {options['arch']} with --train "
                       f"{options['train']} has {expected}: the checkpoint of another network, or damaged")
     if not same_fingerprint(checkpoint["fingerprint"], fingerprint(frozen_parameters(model))):
-        raise Problem(f"the frozen weights made from seed {options['seed']} are not those that this checkpoint was "
+        raise Problem(f"{path}: the frozen weights made from seed {options['seed']} are not those that this checkpoint was "
                       "trained with (their fingerprints differ): the seed was changed, or this code was")
     unflatten(checkpoint["trained"], trained)
     for name in ("running_mean", "running_var"):
@@ -418,7 +419,7 @@ RECORD = ("epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "secon
 
 def learning_rate(lr, epoch, epochs):
     """The learning rate of an epoch counted from 0: divided by 10 at one half and at three quarters of the epochs."""
-    return lr * 0.1 ** ((epoch >= epochs / 2) + (epoch >= epochs * 3 / 4))
+    return lr / 10 ** ((epoch >= epochs / 2) + (epoch >= epochs * 3 / 4))
 
 
 def check_recipe(options):
@@ -481,7 +482,7 @@ def train(args, device):
     padded = F.pad(train_data[0], (0, 0, 4, 4, 4, 4)).to(device)     # (n, 40, 40, 3) uint8 with a black border
     train_labels, test_images, test_labels = (tensor.to(device) for tensor in (train_data[1], *test_data))
 
-    model = restore_model(checkpoint) if checkpoint else build_model(args.arch, args.seed)
+    model = restore_model(checkpoint, args.out) if checkpoint else build_model(args.arch, args.seed)
     if not checkpoint:
         freeze(model, args.train, args.seed)
     frozen_fingerprint = fingerprint(frozen_parameters(model))
@@ -490,6 +491,8 @@ def train(args, device):
     trained = trained_parameters(model)
     counts = parameter_counts(empty_model(args.arch))
     count = sum(parameter.numel() for parameter in trained)
+    facts = {**options, "parameters": {**counts, "trained": count}, "commit": commit(), "hardware": hardware(device),
+             "torch": torch.__version__}   # commit: of the code at the start, whatever is edited meanwhile
     print(f"{args.arch}: {count:,} of {counts['all']:,} parameters train ({100 * count / counts['all']:.2f} %)")
 
     optimizer = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -525,20 +528,19 @@ def train(args, device):
         losses = losses.cpu()
         train_seconds = time.perf_counter() - began
 
-        checkpoint = {
-            "version": VERSION, "options": options, "epoch": epoch + 1, "pruned_below": 0.0, "records": records,
+        vectors = {
             "trained": flatten(trained).cpu(), "momentum": flatten(momentum).cpu(),
             "running_mean": flatten(running_statistics(model, "running_mean")).cpu(),
             "running_var": flatten(running_statistics(model, "running_var")).cpu(),
-            "fingerprint": frozen_fingerprint, "rng": generator.get_state(), "scaler": scaler.state_dict(),
         }
-        finite = losses.isfinite() & all(value.isfinite().all() for value in checkpoint.values()
-                                         if isinstance(value, torch.Tensor))
+        finite = losses.isfinite()
+        finite[-1] &= all(vector.isfinite().all() for vector in vectors.values())
         if not finite.all():
             step = finite.logical_not().nonzero()[0].item()
             kept = f"{args.out} holds the network after epoch {epoch}" if epoch else "no epoch was completed"
-            raise Problem(f"the loss is not finite: {losses[step]:g} at step {step + 1} of epoch {epoch + 1}; {kept}; "
+            raise Problem(f"training diverged: loss {losses[step]:g} at step {step + 1} of epoch {epoch + 1}; {kept}; "
                           "try a lower --lr, or --amp off")
+
         records.append({
             "epoch": epoch + 1,
             "train_loss": (losses.double() * sizes).sum().item() / n,
@@ -551,8 +553,14 @@ def train(args, device):
         show_record(records, args.epochs)
         save_log(args.out, records)
         if epoch + 1 == args.epochs:
-            save_record(args.out, options, counts, count, device, records)
-        save_checkpoint(args.out, checkpoint)   # last: until it is there, --resume repeats the epoch
+            seconds = round(sum(record["seconds"] for record in records), 1)
+            write_record(args.out, {**facts, "test_accuracy": records[-1]["test_accuracy"],   # never the best epoch's
+                                    "seconds": seconds, "records": records})
+        save_checkpoint(args.out, {   # last: until it is there, --resume repeats the epoch
+            "version": VERSION, "options": options, "epoch": epoch + 1, "pruned_below": 0.0, **vectors,
+            "fingerprint": frozen_fingerprint, "rng": generator.get_state(), "scaler": scaler.state_dict(),
+            "records": records,
+        })
 
     print(f"test accuracy after the last epoch: {records[-1]['test_accuracy']:.2f} %\nNext:")
     data_dir = "" if args.data_dir == DATA_DIR else f" --data-dir {args.data_dir}"
@@ -590,25 +598,16 @@ def save_log(out, records):
     write_atomically(out.with_suffix(".jsonl"), lines.encode())
 
 
-def save_record(out, options, counts, trained_count, device, records):
-    """Write the record of a finished run beside its checkpoint: what was run, where, and what came of it."""
-    record = {
-        **options,
-        "parameters": {**counts, "trained": trained_count},
-        "commit": commit(),
-        "hardware": hardware(device),
-        "torch": torch.__version__,
-        "test_accuracy": records[-1]["test_accuracy"],   # of the last epoch, never of the best
-        "seconds": round(sum(r["seconds"] for r in records), 1),
-        "records": records,
-    }
-    write_record(out, record)
-
-
 def write_record(out, record):
-    """Write the record of the run with this checkpoint: JSON with one epoch a line, so that a diff can be read."""
-    text = json.dumps(record, indent=1)
-    write_atomically(out.with_suffix(".json"), (text + "\n").encode())
+    """Write the record of the run with this checkpoint: JSON with a line for each epoch, which people can read."""
+    entries = []
+    for name, value in record.items():
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(json.dumps(item) for item in value) + "\n ]"
+        else:
+            text = json.dumps(value)
+        entries.append(f" {json.dumps(name)}: {text}")
+    write_atomically(out.with_suffix(".json"), ("{\n" + ",\n".join(entries) + "\n}\n").encode())
 
 
 def commit():
@@ -707,10 +706,10 @@ def run(main):
         text, status = str(problem), problem.status
     except KeyboardInterrupt:
         text, status = "stopped", 1
-    except torch.OutOfMemoryError as error:
-        text, status = f"the GPU is out of memory ({str(error).split('.')[1].strip()}): use a smaller --batch-size", 1
-    except MemoryError:
-        text, status = "out of memory", 1
+    except (MemoryError, RuntimeError) as error:   # PyTorch's own errors of this kind, on any device, name memory
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(error):
+            raise
+        text, status = f"out of memory ({(str(error) or 'host').splitlines()[0][:120]}): try a smaller --batch-size", 1
     except OSError as error:
         text, status = str(error), 1
     if sys.stdout.isatty():
@@ -724,9 +723,8 @@ def main():
     try:
         train(args, device)
     except KeyboardInterrupt:
-        again = " ".join(sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"])
-        kept = f"to go on after the last complete epoch: python {again}" if args.out.exists() else "before an epoch ended"
-        raise Problem(f"stopped; {kept}") from None
+        again = shlex.join(["python", *sys.argv, *([] if args.resume else ["--resume"])])
+        raise Problem(f"stopped; go on from the last complete epoch with: {again}") from None
 
 
 if __name__ == "__main__":

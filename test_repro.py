@@ -1,0 +1,659 @@
+"""Tests of the reproduction: pytest -q (about a minute on two cores, no network).
+
+Where CIFAR10_DIR names a folder that holds cifar-10-batches-py, the tests that need real images run too.
+"""
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import analyze
+import models
+import prune
+import train
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+# The paper's table, to the unit: all, BatchNorm, shortcut convolutions, output layer.
+COUNTS = {
+    "resnet14": (175_258, 1_120, 2_560, 650),
+    "resnet32": (466_906, 2_464, 2_560, 650),
+    "resnet56": (855_770, 4_256, 2_560, 650),
+    "resnet110": (1_730_714, 8_288, 2_560, 650),
+    "resnet218": (3_480_602, 16_352, 2_560, 650),
+    "resnet434": (6_980_378, 32_480, 2_560, 650),
+    "resnet866": (13_979_930, 64_736, 2_560, 650),
+    "wrn14-1": (175_258, 1_120, 2_560, 650),
+    "wrn14-2": (696_618, 2_240, 10_240, 1_290),
+    "wrn14-4": (2_777_674, 4_480, 40_960, 2_570),
+    "wrn14-8": (11_093_130, 8_960, 163_840, 5_130),
+    "wrn14-16": (44_337_418, 17_920, 655_360, 10_250),
+    "wrn14-32": (177_279_498, 35_840, 2_621_440, 20_490),
+}
+
+
+@pytest.fixture(scope="session")
+def synthetic():
+    return train.synthetic_data(0)
+
+
+@pytest.fixture
+def small_data(synthetic, monkeypatch, tmp_path):
+    """Let train.py and its readers see 200 training and 100 test images, in an empty folder."""
+    (train_images, train_labels), (test_images, test_labels) = synthetic
+    small = (train_images[:200], train_labels[:200]), (test_images[:100], test_labels[:100])
+    monkeypatch.setattr(train, "load_data", lambda *args: small)
+    monkeypatch.setattr(prune, "load_data", lambda *args: small)
+    monkeypatch.chdir(tmp_path)
+    return small
+
+
+def command(script, *words):
+    """Run a script's command line in this process. Returns the exit status."""
+    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, words)]
+    try:
+        script.run(script.main) if script is train else train.run(script.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+SMALL = ["--arch", "resnet8", "--dataset", "synthetic", "--device", "cpu", "--batch-size", "64", "--epochs", "4"]
+
+
+trained_once = {}   # name -> content of the files of one finished run
+
+
+@pytest.fixture
+def checkpoint(small_data, capsys):
+    """A finished run's a.pt, a.json and a.jsonl in the current folder. Returns what a.pt holds."""
+    if not trained_once:
+        assert command(train, *SMALL, "--bn-only", "--out", "a.pt") == 0
+        trained_once.update({path: path.read_bytes() for path in pathlib.Path().glob("a.*")})
+    for path, content in trained_once.items():
+        path.write_bytes(content)
+    capsys.readouterr()
+    return torch.load("a.pt", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+@pytest.mark.parametrize("arch", COUNTS)
+def test_parameter_counts(arch):
+    counts = models.parameter_counts(models.empty_model(arch))
+    assert tuple(counts[part] for part in ("all", "bn", "shortcut", "output")) == COUNTS[arch]
+    assert 2 * models.count_features(arch) == COUNTS[arch][1]
+
+
+@pytest.mark.parametrize("arch, hint", [("resnet15", "14 and 20"), ("resnet2", "8"), ("wrn16-4", "14 and 20"),
+                                        ("resnet014", "resnet866"), ("wrn14-0", "wrn14-32"), ("vgg16", "resnet866"),
+                                        ("resnet6000000002", "smaller"), ("wrn14-100000", "smaller")])
+def test_names_of_no_network(arch, hint):
+    with pytest.raises(ValueError, match=hint):
+        models.parse_arch(arch)
+
+
+def test_initial_values_belong_to_the_seed():
+    """Pinned once and for ever: the same on every machine and version, up to round-off."""
+    model = models.build_model("resnet14", 0)
+    # RandomState(0).standard_normal() is 1.764052..., the best known number of NumPy; fan-in of the stem is 27.
+    assert model.conv.weight[0, 0, 0, 0].item() == pytest.approx(1.764052345967664 * math.sqrt(2 / 27), rel=1e-6)
+    for arch, seed, pinned in [("resnet14", 0, PIN_14), ("resnet866", 0, PIN_866), ("wrn14-2", 7, PIN_WRN)]:
+        assert models.same_fingerprint(models.fingerprint(models.build_model(arch, seed).parameters()), pinned)
+    other = models.fingerprint(models.build_model("resnet14", 1).parameters())
+    assert not models.same_fingerprint(other, PIN_14)
+
+
+PIN_14 = [328.653146003, 10543.398608782, 167.217023304]
+PIN_866 = [16394.72317993, 753849.633340992, 8139.451380297]
+PIN_WRN = [526.049088884, 29478.862949638, 268.550731771]
+
+
+def test_distribution_of_initial_values():
+    model = models.build_model("wrn14-8", 0)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.numel() > 10_000:
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.03)
+    gamma = prune.gammas(model)
+    assert gamma.min() >= 0 and gamma.max() <= 1 and gamma.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert all(bn.bias.eq(0).all() for _, bn in models.batchnorms(model))
+    assert model.fc.bias.abs().max() <= 512 ** -0.5 and model.fc.bias.abs().max() > 0
+
+
+def functional_forward(model, x, training):
+    """The network once more, from its tensors alone: He et al.'s basic blocks in torch.nn.functional."""
+    p = dict(model.named_parameters()) | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def bn(x, name):
+        return F.batch_norm(x, p[f"{name}.running_mean"], p[f"{name}.running_var"], p[f"{name}.weight"],
+                            p[f"{name}.bias"], training, 0.1, 1e-5)
+
+    x = F.relu(bn(F.conv2d(x, p["conv.weight"], padding=1), "bn"))
+    for stage in (1, 2, 3):
+        for block in range(len(getattr(model, f"stage{stage}"))):
+            name, stride = f"stage{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = F.relu(bn(F.conv2d(x, p[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.bn1"))
+            y = bn(F.conv2d(y, p[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
+            if stride == 2:
+                x = bn(F.conv2d(x, p[f"{name}.shortcut.0.weight"], stride=2), f"{name}.shortcut.1")
+            x = F.relu(x + y)
+    return F.linear(F.avg_pool2d(x, 8).flatten(1), p["fc.weight"], p["fc.bias"])
+
+
+@pytest.mark.parametrize("arch", ["resnet14", "wrn8-2"])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_pass_against_functional(arch, training):
+    model = models.build_model(arch, 3).double().train(training)
+    for _, bn in models.batchnorms(model):   # values that show, in every tensor that the forward pass reads
+        bn.bias.data.normal_()
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    expected = functional_forward(model, x, training)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+def test_augmentation_against_one_image_at_a_time():
+    images = torch.randint(0, 256, (10, 32, 32, 3), dtype=torch.uint8)
+    order, offset, flip = train.draw_augmentation(10, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == list(range(10)) and flip.any() and not flip.all()
+    batch = train.augment(F.pad(images, (0, 0, 4, 4, 4, 4)), order, offset, flip)
+    for slot in range(10):
+        padded = np.pad(images[order[slot]].numpy(), ((4, 4), (4, 4), (0, 0)))
+        y, x = offset[slot].tolist()
+        crop = padded[y:y + 32, x:x + 32]
+        assert np.array_equal(batch[slot].numpy(), crop[:, ::-1] if flip[slot] else crop)
+
+
+def test_augmentation_draws_every_offset_and_both_flips_evenly():
+    _, offset, flip = train.draw_augmentation(50_000, torch.Generator().manual_seed(0))
+    for axis in (0, 1):
+        share = offset[:, axis].bincount(minlength=9) / 50_000
+        assert len(share) == 9 and (share - 1 / 9).abs().max() < 0.01   # 7 standard deviations
+    assert flip.double().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_normalization():
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    x = train.normalize(images, torch.float64)
+    for channel, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):   # as in OpenLTH
+        expected = (images[..., channel].double() / 255 - mean) / std
+        torch.testing.assert_close(x[:, channel], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_synthetic_data(synthetic):
+    (train_images, train_labels), (test_images, test_labels) = synthetic
+    assert train_images.shape == (50_000, 32, 32, 3) and test_images.shape == (10_000, 32, 32, 3)
+    assert train_images.dtype == torch.uint8 and train_labels.shape == (50_000,) and test_labels.shape == (10_000,)
+    assert train_labels.bincount().tolist() == pytest.approx([5_000] * 10, rel=0.1)
+    again = train.synthetic_data(0)
+    assert torch.equal(again[0][0], train_images) and torch.equal(again[1][1], test_labels)
+    assert not torch.equal(train.synthetic_data(1)[0][0], train_images)
+
+
+def test_damaged_cifar10_is_refused(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(b"not the images")
+    with pytest.raises(train.Problem, match="data_batch_1.*delete the folder"):
+        train.load_data("cifar10", tmp_path, 0)
+
+
+def test_half_an_archive_is_refused(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half")
+    with pytest.raises(train.Problem, match="cifar-10-python.tar.gz.*delete it"):
+        train.load_data("cifar10", tmp_path, 0)
+
+
+def test_no_network(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(train.Problem, match="cifar-10-python.tar.gz into .*--dataset synthetic"):
+        train.load_data("cifar10", tmp_path / "new", 0)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+TRAINED = {   # of resnet14: from the paper's table
+    "all": 175_258, "bn": 1_120, "not-bn": 175_258 - 1_120, "output": 650, "shortcut": 2_560,
+    "bn+output": 1_120 + 650, "bn+shortcut": 1_120 + 2_560, "random": 1_120,
+}
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_exactly_the_right_parameters_change(mode, synthetic):
+    model = models.build_model("resnet14", 0)
+    initial = {name: p.clone() for name, p in model.named_parameters()}
+    trained = train.freeze(model, mode, 0)
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model.train()
+    images = train.normalize(synthetic[0][0][:32])
+    for _ in range(3):   # so that momentum and weight decay have their say
+        train.train_step(model, optimizer, scaler, images, synthetic[0][1][:32], "off")
+    changed = {}
+    for name, before in initial.items():
+        owner, _, leaf = name.rpartition(".")
+        changed[name] = getattr(model.get_submodule(owner), leaf).detach() != before
+    assert sum(different.sum().item() for different in changed.values()) == TRAINED[mode]
+    if mode == "random":   # two in every output channel of every convolution
+        assert all((different.flatten(1).sum(1) == 2).all() if different.dim() == 4 else not different.any()
+                   for different in changed.values())
+    else:
+        parts = {"all": {"conv", "shortcut", "bn", "output"}, "not-bn": {"conv", "shortcut", "output"}}
+        for name, different in changed.items():
+            part = ("output" if name.startswith("fc") else "bn" if different.dim() == 1 else
+                    "shortcut" if "shortcut" in name else "conv")
+            assert different.all() if part in parts.get(mode, mode.split("+")) else not different.any(), name
+
+
+def test_steps_against_plain_sgd(synthetic):
+    """Three steps of train_step in float64 are those of v = 0.9 v + g + decay w; w = w - lr v, written out."""
+    model = models.build_model("resnet8", 0).double()
+    reference = models.build_model("resnet8", 0).double()
+    trained = train.freeze(model, "bn", 0)
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gamma_beta = [p for _, bn in models.batchnorms(reference) for p in (bn.weight, bn.bias)]
+    velocity = [torch.zeros_like(p) for p in gamma_beta]
+    model.train()
+    for step in range(3):
+        images, labels = (part[step * 16:step * 16 + 16] for part in synthetic[0])
+        images = train.normalize(images, torch.float64)
+        loss, hits = train.train_step(model, optimizer, scaler, images, labels, "off")
+        logits = functional_forward(reference, images, True)
+        expected = -logits.log_softmax(1)[range(16), labels].mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+        assert hits == (logits.argmax(1) == labels).sum()
+        for p, v, g in zip(gamma_beta, velocity, torch.autograd.grad(expected, gamma_beta)):
+            v.mul_(0.9).add_(g + 1e-4 * p.detach())
+            p.data -= 0.1 * v
+    for p, q in zip(trained, gamma_beta, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_learning_rate_drops_after_epochs_80_and_120():
+    rates = [train.learning_rate(0.1, epoch, 160) for epoch in range(160)]
+    assert rates == [0.1] * 80 + [0.01] * 40 + [0.001] * 40
+    assert [train.learning_rate(0.1, epoch, 1) for epoch in range(1)] == [0.1]
+
+
+def test_defaults_are_the_paper_recipe():
+    args, _ = train.parse_args(["--arch", "resnet866", "--bn-only", "--device", "cpu"])
+    assert (args.arch, args.train, args.dataset, args.seed) == ("resnet866", "bn", "cifar10", 0)
+    assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.amp) == (160, 128, 0.1, 1e-4, "off")
+    assert args.out == pathlib.Path("runs/resnet866-bn-s0.pt")
+
+
+def timeless(records):
+    return [{name: r[name] for name in r if name not in ("seconds", "images_per_second")} for r in records]
+
+
+@pytest.mark.parametrize("mode", ["bn", "all", "random"])
+def test_resume_is_bit_for_bit(mode, small_data, monkeypatch, capsys):
+    assert command(train, *SMALL, "--train", mode, "--out", "whole.pt") == 0
+    steps, step = [], train.train_step
+
+    def stops_in_epoch_3(*args):
+        steps.append(1)
+        if len(steps) == 11:   # four steps an epoch
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", stops_in_epoch_3)
+    assert command(train, *SMALL, "--train", mode, "--out", "parts.pt", "--resume") == 1
+    out, err = capsys.readouterr()
+    assert "starting from scratch" in out and err.count("\n") == 1 and "--resume" in err
+    monkeypatch.setattr(train, "train_step", step)
+    assert command(train, *SMALL, "--train", mode, "--out", "parts.pt", "--resume") == 0
+    whole, parts = (train.load_checkpoint(pathlib.Path(name)) for name in ("whole.pt", "parts.pt"))
+    for name in train.FIELDS:
+        if isinstance(whole[name], torch.Tensor):
+            assert torch.equal(whole[name], parts[name]), name
+    assert timeless(whole["records"]) == timeless(parts["records"]) and len(whole["records"]) == 4
+    log = [json.loads(line) for line in pathlib.Path("parts.jsonl").read_text().splitlines()]
+    record = json.loads(pathlib.Path("parts.json").read_text())
+    assert log == record["records"] == parts["records"]
+    assert record["test_accuracy"] == log[-1]["test_accuracy"] and record["parameters"]["all"] == 78_042
+
+    before = {path.name: path.read_bytes() for path in pathlib.Path().iterdir()}
+    assert command(train, *SMALL, "--train", mode, "--out", "parts.pt", "--resume") == 0
+    assert "finished" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in pathlib.Path().iterdir()}
+
+
+def test_accuracy_in_the_record_is_that_of_the_checkpoint(checkpoint, small_data):
+    model = train.restore_model(checkpoint, "a.pt").eval()
+    images, labels = small_data[1]
+    with torch.no_grad():
+        plain = functional_forward(model, train.normalize(images), False).argmax(1)
+    assert checkpoint["records"][-1]["test_accuracy"] == pytest.approx(100 * (plain == labels).double().mean().item())
+
+
+def test_bn_only_resnet866_checkpoint_is_small(tmp_path):
+    model = models.build_model("resnet866", 0)
+    trained = train.freeze(model, "bn", 0)
+    record = dict.fromkeys(train.RECORD, 1 / 3)
+    train.save_checkpoint(tmp_path / "x.pt", {
+        "version": train.VERSION, "epoch": 160, "pruned_below": 0.0, "trained": train.flatten(trained),
+        "momentum": torch.randn(64_736), "scaler": {}, "fingerprint": [0.1, 0.2, 0.3],
+        "options": {"arch": "resnet866", "train": "bn", "dataset": "cifar10", "seed": 0, "epochs": 160,
+                    "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "amp": "bf16"},
+        "running_mean": torch.randn(32_368), "running_var": torch.rand(32_368),
+        "rng": torch.Generator().get_state(), "records": [{**record, "epoch": epoch + 1} for epoch in range(160)]})
+    assert (tmp_path / "x.pt").stat().st_size < 1_000_000
+    assert len(train.load_checkpoint(tmp_path / "x.pt")["trained"]) == 64_736
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    for broken in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, broken, full)
+            with pytest.raises(OSError):
+                train.write_atomically(path, b"new")
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    train.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+# -------------------------------------------------------------------------------------------- prune and analyze
+
+def network_with_known_gammas():
+    """resnet8 whose 336 gammas are -0.5, 0.05, 0.005 and 0 in turn."""
+    model = models.build_model("resnet8", 0)
+    position = 0
+    for _, bn in models.batchnorms(model):
+        values = torch.tensor([-0.5, 0.05, 0.005, 0.0]).repeat(84)
+        bn.weight.data = values[position:position + len(bn.weight)].clone()
+        bn.bias.data = torch.where(bn.weight == -0.5, 3.0, -0.25)
+        position += len(bn.weight)
+    assert position == 336
+    return model
+
+
+def test_prune_table_of_known_gammas(synthetic):
+    images, labels = (part[:200] for part in synthetic[1])
+    model = network_with_known_gammas()
+    betas = [bn.bias.clone() for _, bn in models.batchnorms(model)]
+
+    def accuracy(threshold):
+        plain = network_with_known_gammas().eval()
+        for _, bn in models.batchnorms(plain):
+            bn.weight.data = torch.tensor([0.0 if abs(g) < threshold else g for g in bn.weight.tolist()])
+        with torch.no_grad():
+            return 100 * (functional_forward(plain, train.normalize(images), False).argmax(1) == labels).double().mean()
+
+    rows = prune.prune_table(model, images, labels, "off", [0.0, 0.01, 0.1, 0.5, 1.0])
+    # 0.5 is not below 0.5; zeros count as below any threshold but 0.
+    assert [row["pruned"] for row in rows] == [0, 50, 75, 75, 100]
+    for row in rows:
+        assert row["test_accuracy"] == pytest.approx(accuracy(row["threshold"]).item())
+        assert row["change"] == pytest.approx((accuracy(row["threshold"]) - accuracy(0)).item())
+    assert all(torch.equal(bn.bias, beta) for (_, bn), beta in zip(models.batchnorms(model), betas))
+
+
+@pytest.mark.parametrize("mode", ["bn", "output"])   # gammas that the checkpoint holds, and that the seed holds
+def test_saved_pruned_network_loads_everywhere(mode, small_data, capsys):
+    assert command(train, *SMALL, "--train", mode, "--out", "a.pt") == 0
+    assert command(prune, "a.pt", "--thresholds", 0.3, "--save", "pruned.pt") == 0
+    capsys.readouterr()
+    a, pruned = (train.restore_model(train.load_checkpoint(pathlib.Path(name)), name) for name in ("a.pt", "pruned.pt"))
+    expected = prune.gammas(a)
+    expected[expected.abs() < 0.3] = 0
+    assert torch.equal(prune.gammas(pruned), expected) and (expected == 0).any()
+    assert command(prune, "pruned.pt", "--thresholds", 0.3) == command(analyze, "pruned.pt", "--activations") == 0
+    share = 100 * (expected == 0).double().mean().item()
+    assert f"{share:.2f} %" in capsys.readouterr().out
+    assert command(train, *SMALL, "--train", mode, "--out", "pruned.pt", "--resume") == 2
+
+
+def test_prune_adds_its_table_to_the_record_once(checkpoint):
+    plain = json.loads(pathlib.Path("a.json").read_text())
+    assert command(prune, "a.pt", "--thresholds", 0.3) == 0
+    assert json.loads(pathlib.Path("a.json").read_text()) == plain
+    assert command(prune, "a.pt") == 0
+    record = json.loads(pathlib.Path("a.json").read_text())
+    assert [row["threshold"] for row in record.pop("prune")] == [0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
+    assert record == plain
+
+
+def test_analysis_of_known_gammas():
+    parts = analyze.parameters_by_stage(network_with_known_gammas())
+    assert {part: len(gamma) for part, (gamma, _) in parts.items()} == {
+        "stem": 16, "stage1": 32, "stage2": 96, "stage3": 192, "all": 336}
+    gamma, beta = parts["all"]
+    assert [analyze.share_below(gamma, t) for t in (0.001, 0.01, 0.1, 0.5, 1)] == [25, 50, 75, 75, 100]
+    assert np.array_equal(beta, np.where(gamma == -0.5, 3.0, -0.25))
+
+
+def test_histogram():
+    lines = analyze.histogram(np.array([0.0] * 6 + [1.0] * 3 + [-1.0]), bins=5, width=6)
+    assert lines == ["   -0.800  10.00 % #", "   -0.400   0.00 %", "   +0.000  60.00 % ######", "   +0.400   0.00 %",
+                     "   +0.800  30.00 % ###"]
+
+
+def test_firing_frequency(synthetic):
+    """A stem whose ReLUs are known to fire always, never, and on a known half; blocks by counting their outputs."""
+    images, labels = (part[:130] for part in synthetic[1])   # more than one batch
+    model = models.build_model("resnet8", 0)
+    for _, bn in models.batchnorms(model):
+        bn.weight.data.zero_()
+        bn.bias.data.fill_(-1)
+    model.bn.bias.data[:4] = 1            # 4 of the stem's 16 features always fire, and pass every addition of stage 1
+    model.stage1[0].bn2.bias.data.zero_()
+    model.stage3[0].bn1.bias.data[:] = 1  # 64 of the 112 inside
+    frequency, _ = analyze.firing_frequency(model, images, labels, "off")
+    assert {kind: (len(f), f.sum()) for kind, f in frequency.items()} == {
+        "inside a block": (112, 64), "after the addition": (112, 4), "all": (240, 72)}
+
+    model = models.build_model("resnet8", 0).eval()   # and one with something in between
+    frequency, _ = analyze.firing_frequency(model, images, labels, "off")
+    with torch.no_grad():
+        stem = F.batch_norm(F.conv2d(train.normalize(images), model.conv.weight, padding=1), model.bn.running_mean,
+                            model.bn.running_var, model.bn.weight, model.bn.bias)
+    assert np.allclose(frequency["all"][:16], (stem > 0).double().mean((0, 2, 3)).numpy(), atol=1e-4)
+
+
+def fake_record(folder, name, **changes):
+    record = {"arch": "resnet14", "train": "bn", "dataset": "cifar10", "seed": 0, "epochs": 160, "batch_size": 128,
+              "lr": 0.1, "weight_decay": 1e-4, "amp": "off", "parameters": {}, "records": [], **changes}
+    (folder / name).write_text(json.dumps(record))
+
+
+def test_accuracy_tables(tmp_path, capsys):
+    for seed, accuracy in enumerate([47.0, 48.0, 49.5]):
+        fake_record(tmp_path, f"s{seed}.json", seed=seed, test_accuracy=accuracy)
+    fake_record(tmp_path, "wide.json", arch="wrn14-4", test_accuracy=50.0)
+    fake_record(tmp_path, "short.json", epochs=2, test_accuracy=99.0)
+    fake_record(tmp_path, "synthetic.json", dataset="synthetic", test_accuracy=99.0)
+    assert command(analyze, "--results", tmp_path) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    std = np.std([47.0, 48.0, 49.5], ddof=1)   # 1.258
+    assert ["resnet14", "1,120", f"48.17 ± {std:.2f} (n=3)", "48", "46.67", "-", "91"] in rows
+    assert ["resnet866", "64,736", "-", "83", "77.83", "-", "93"] in rows
+    assert ["resnet56", "4,256", "-", "wrn14-4", "4,480", "50.00 (n=1)"] in rows
+    assert ["random", "-", "-", "-", "-", "-", "-"] in rows
+    assert "99.00" not in str(rows) and "short.json, synthetic.json" in str(rows)
+
+
+def test_specification_table():
+    assert {row[0]: tuple(int(cell.replace(",", "")) for cell in row[3:]) for row in analyze.specification_rows()} \
+        == {arch: COUNTS[arch] for arch in COUNTS if arch != "wrn14-1"}
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("words, status, says", [
+    ("--arch resnet15", 2, "14 and 20"),
+    ("--train everything", 2, "bn\\+shortcut"),
+    ("--train all --bn-only", 2, "not allowed with"),
+    ("--epochs 0", 2, "--epochs 0: must be at least 1"),
+    ("--epochs many", 2, "--epochs"),
+    ("--batch-size 0", 2, "--batch-size 0: must be at least 1"),
+    ("--batch-size 201 --out new.pt", 2, "--batch-size 201 is more than the 200"),
+    ("--lr nan", 2, "--lr nan"),
+    ("--lr -1", 2, "--lr -1"),
+    ("--weight-decay inf", 2, "--weight-decay inf"),
+    ("--seed -1", 2, "--seed -1: must be 0 to 4294967295"),
+    ("--out x.ckpt", 2, "ends in .pt"),
+    ("--device cuda", 2, "--device cpu"),
+    ("--out file/x.pt", 1, "file"),
+    ("--resume", 1, "not a checkpoint"),
+    ("", 2, "runs/resnet14-all-s0.pt exists"),
+    ("--lr 1e30 --out new.pt", 1, "at step [1-9] of epoch 1; no epoch was completed"),
+])
+def test_errors_of_train(words, status, says, small_data, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pathlib.Path("file").write_text("in the way")
+    pathlib.Path("runs").mkdir()
+    pathlib.Path("runs/resnet14-all-s0.pt").write_bytes(b"precious")
+    assert command(train, *words.split()) == status
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: ") and err.count("\n") == 1
+    assert re.search(says, err), err
+    assert pathlib.Path("runs/resnet14-all-s0.pt").read_bytes() == b"precious"
+    assert not pathlib.Path("new.pt").exists()
+
+
+def test_resume_with_other_options_is_refused(checkpoint, capsys):
+    before = pathlib.Path("a.pt").read_bytes()
+    for change, says in [(["--epochs", "8"], "--epochs 8 (checkpoint: 4)"), (["--lr", "0.2"], "--lr 0.2"),
+                         (["--arch", "resnet14"], "--arch resnet14 (checkpoint: resnet8)"), (["--seed", "1"], "--seed 1")]:
+        assert command(train, *SMALL, "--bn-only", "--out", "a.pt", "--resume", *change) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+    assert pathlib.Path("a.pt").read_bytes() == before
+
+
+def test_divergence_keeps_the_last_good_checkpoint(small_data, capsys, monkeypatch):
+    step, steps = train.train_step, []
+
+    def diverges_in_epoch_2(*args):
+        steps.append(1)
+        loss, hits = step(*args)
+        return (loss * math.nan if len(steps) == 6 else loss), hits
+
+    monkeypatch.setattr(train, "train_step", diverges_in_epoch_2)
+    assert command(train, *SMALL, "--bn-only", "--out", "a.pt") == 1
+    assert "loss nan at step 2 of epoch 2; a.pt holds the network after epoch 1" in capsys.readouterr().err
+    assert train.load_checkpoint(pathlib.Path("a.pt"))["epoch"] == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+                                   MemoryError()])
+def test_out_of_memory_is_one_line(error, small_data, capsys, monkeypatch):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fails)
+    assert command(train, *SMALL, "--out", "a.pt") == 1
+    err = capsys.readouterr().err
+    assert "out of memory" in err and "--batch-size" in err and err.count("\n") == 1
+
+
+class Code:
+    """A pickle that would create a file."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-ran",)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda c: None, "no such checkpoint"),
+    (lambda c: b"", "damaged"),
+    (lambda c: b"not a zip file", "not a checkpoint"),
+    (lambda c: pathlib.Path("a.pt").read_bytes()[:9000], "damaged"),
+    (lambda c: bytes([*pathlib.Path("a.pt").read_bytes()[:9000], 1, *pathlib.Path("a.pt").read_bytes()[9001:]]), "damaged"),
+    (lambda c: torch.zeros(3), "not a checkpoint of train.py"),
+    (lambda c: {"state_dict": {}}, "not a checkpoint of train.py"),
+    (lambda c: {**c, "extra": Code()}, "not a checkpoint"),
+    (lambda c: c | {"version": 2}, "version 2, but this code reads version 1"),
+    (lambda c: c | {"extra": 1}, "extra"),
+    (lambda c: {name: c[name] for name in c if name != "rng"}, "rng"),
+    (lambda c: c | {"epoch": 3}, "contradict"),
+    (lambda c: c | {"options": c["options"] | {"arch": "resnet14"}}, "336 entries, but resnet14 has 560"),
+    (lambda c: c | {"options": c["options"] | {"arch": "resnet15"}}, "14 and 20"),
+    (lambda c: c | {"options": c["options"] | {"arch": "wrn14-100000"}}, "smaller"),
+    (lambda c: c | {"options": c["options"] | {"train": "all"}}, "672 trained parameters"),
+    (lambda c: c | {"options": c["options"] | {"seed": 1}}, "fingerprints differ"),
+    (lambda c: c | {"trained": c["trained"] * math.nan}, "trained"),
+    (lambda c: c | {"running_var": -c["running_var"]}, "running_var"),
+    (lambda c: c | {"running_mean": torch.zeros(1).expand(336)}, "running_mean"),
+    (lambda c: c | {"momentum": c["momentum"].double()}, "momentum"),
+    (lambda c: c | {"rng": c["rng"][:7]}, "damaged"),
+])
+@pytest.mark.parametrize("script", [prune, analyze, train])
+def test_bad_checkpoints(damage, says, script, checkpoint, capsys):
+    bad = damage(checkpoint)
+    path = pathlib.Path("bad.pt")
+    if isinstance(bad, bytes):
+        path.write_bytes(bad)
+    elif bad is not None:
+        torch.save(bad, path)
+    elif script is train:
+        return   # no checkpoint yet is no error there
+    before = path.read_bytes() if path.exists() else None
+    words = [*SMALL, "--bn-only", "--resume", "--out"] if script is train else []
+    assert command(script, *words, path) in (1, 2)
+    err = capsys.readouterr().err
+    assert err.startswith(f"{script.__name__}.py: error: ") and err.count("\n") == 1
+    if script is not train:   # which may see a contradiction to its options first
+        assert says in err, err
+    assert not pathlib.Path("code-ran").exists() and before == (path.read_bytes() if path.exists() else None)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("a.pt --thresholds -1", "--thresholds"), ("a.pt --thresholds nan", "--thresholds"), ("", "ckpt.pt"),
+    ("a.pt a.pt --thresholds 0.1 --save b.pt", "--save takes one"), ("a.pt --save b.pt", "--save takes one"),
+    ("a.pt --thresholds 0.1 --save a.pt", "exists"),
+])
+def test_errors_of_prune(words, says, checkpoint, capsys):
+    assert command(prune, *words.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("prune.py: error: ") and err.count("\n") == 1 and says in err
+
+
+# -------------------------------------------------------------------------------------------------- real images
+
+real_images = pytest.mark.skipif("CIFAR10_DIR" not in os.environ, reason="CIFAR10_DIR does not name CIFAR-10")
+
+
+@real_images
+def test_real_images_are_learned_from(tmp_path, monkeypatch, capsys):
+    """Twenty steps of resnet14 BN-only lower the loss on real images; prune and analyze run on what comes out."""
+    (train_images, train_labels), test_data = train.load_data("cifar10", pathlib.Path(os.environ["CIFAR10_DIR"]), 0)
+    assert train_images.shape == (50_000, 32, 32, 3) and train_labels.bincount().tolist() == [5_000] * 10
+    assert len(test_data[0]) == 10_000
+    for script in (train, prune):
+        monkeypatch.setattr(script, "load_data", lambda *args: ((train_images[:1280], train_labels[:1280]), test_data))
+    out = tmp_path / "a.pt"
+    assert command(train, "--bn-only", "--epochs", 2, "--device", "cpu", "--out", out) == 0
+    records = train.load_checkpoint(out)["records"]
+    assert records[1]["train_loss"] < records[0]["train_loss"]
+    assert command(prune, out, "--thresholds", 0, 0.1) == 0 and command(analyze, out, "--activations") == 0
+    text = capsys.readouterr().out
+    assert f"{records[1]['test_accuracy']:.2f} %" in text and "(accuracy" in text
