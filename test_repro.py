@@ -2,12 +2,19 @@
 
 Where CIFAR10_DIR names a folder that holds cifar-10-batches-py, the tests that need real images run too.
 """
+import io
 import json
 import math
 import os
 import pathlib
+import pickle
 import re
+import resource
+import signal
+import subprocess
 import sys
+import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -371,11 +378,63 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     for broken in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, broken, full)
-            with pytest.raises(OSError):
+            with pytest.raises(train.Problem, match="No space left on device.*still there"):
                 train.write_atomically(path, b"new")
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     train.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(checkpoint, capsys, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) >= 8:   # the log at the start, then log and checkpoint (file and folder each): in epoch 2
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert command(train, *SMALL, "--bn-only", "--out", "b.pt") == 1
+    err = capsys.readouterr().err
+    assert "b.jsonl can't be written (No space left on device)" in err and err.count("\n") == 1
+    assert train.load_checkpoint(pathlib.Path("b.pt"))["epoch"] == 1 and not list(pathlib.Path().glob("*.tmp"))
+    assert command(train, *SMALL, "--bn-only", "--out", "b.pt", "--resume") == 0
+    assert torch.equal(torch.load("b.pt")["trained"], checkpoint["trained"])
+
+
+def test_leftovers_of_killed_runs_are_removed(small_data):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f"a.pt.{gone.pid}.tmp", f"a.jsonl.{gone.pid}.tmp", f"a.json.{os.getpid()}.tmp"):
+        pathlib.Path(name).write_bytes(b"half")
+    kept = {f"a.pt.{os.getppid()}.tmp", f"b.pt.{gone.pid}.tmp", "a.pt.mine.tmp"}   # a live run's, another --out's
+    for name in kept:
+        pathlib.Path(name).write_bytes(b"half")
+    train.remove_leftovers(pathlib.Path("a.pt"))
+    assert {path.name for path in pathlib.Path().iterdir()} == kept
+
+
+def test_two_runs_of_one_seed_are_identical(checkpoint):
+    assert command(train, *SMALL, "--bn-only", "--out", "b.pt") == 0
+    again = torch.load("b.pt", weights_only=True)
+    assert all(torch.equal(again[name], checkpoint[name]) for name in again if isinstance(again[name], torch.Tensor))
+    assert timeless(again["records"]) == timeless(checkpoint["records"])
+    records = [json.loads(pathlib.Path(name).read_text()) for name in ("a.json", "b.json")]
+    for record in records:
+        record["records"] = timeless(record["records"])
+        del record["seconds"]
+    assert records[0] == records[1]
+
+
+def test_initial_values_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    many = models.build_model("wrn8-2", 0).state_dict()
+    torch.set_num_threads(1)
+    one = models.build_model("wrn8-2", 0).state_dict()
+    torch.set_num_threads(threads)
+    assert all(torch.equal(many[name], one[name]) for name in many)
 
 
 # -------------------------------------------------------------------------------------------- prune and analyze
@@ -626,6 +685,71 @@ def test_bad_checkpoints(damage, says, script, checkpoint, capsys):
     assert not pathlib.Path("code-ran").exists() and before == (path.read_bytes() if path.exists() else None)
 
 
+def rezip(content, member, change):
+    """A checkpoint's bytes with one member of its zip file changed, and sizes and checksums right."""
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(result := io.BytesIO(), "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(old.read(name)) if name.endswith(member) else old.read(name))
+    return result.getvalue()
+
+
+def mutations(checkpoint, content):
+    """Damaged, foreign and hostile variants of a checkpoint and of its bytes, the same in every run of the tests."""
+    rng = np.random.RandomState(0)
+
+    def flip(data):
+        position, bit = rng.randint(len(data)), rng.randint(8)
+        return data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1:]
+
+    yield from (flip(content) for _ in range(100))
+    yield from (content[:rng.randint(len(content))] for _ in range(50))
+    yield from (rezip(content, "data.pkl", flip) for _ in range(150))      # sizes, types, names and opcodes
+    yield from (rezip(content, "data.pkl", lambda pickle: pickle[:rng.randint(len(pickle))]) for _ in range(20))
+    yield from (rezip(content, f"data/{i}", lambda data: data[:len(data) // 2]) for i in range(5))
+    odd = [None, True, -1, 10 ** 400, 1e308, math.nan, "x", b"x", [], {}, [1, 2, 3], {"x": 1}, (1,), torch.tensor(1.0),
+           torch.full((336,), math.nan), torch.full((672,), math.inf), torch.zeros(336, 1), torch.zeros(672).half(),
+           torch.zeros(1).expand(10 ** 12), torch.zeros(0), torch.zeros(336, dtype=torch.complex64),
+           torch.eye(4).to_sparse(), torch.empty(672, device="meta")]
+    for name in checkpoint:
+        yield {key: checkpoint[key] for key in checkpoint if key != name}
+        yield from (checkpoint | {name: value} for value in odd)
+    for table, key in [("options", name) for name in checkpoint["options"]] + [("records", 0), ("fingerprint", 0)]:
+        for value in odd:
+            changed = checkpoint[table].copy()
+            changed[key] = value
+            yield checkpoint | {table: changed}
+    for arch in ("resnet6000000002", "wrn14-100000", "wrn8-3000", "resnet600002", "resnet" + "9" * 5000, "resnet8\0"):
+        yield checkpoint | {"options": checkpoint["options"] | {"arch": arch}}
+        features = torch.zeros(1).expand(10 ** 9)
+        yield checkpoint | {"options": checkpoint["options"] | {"arch": arch}, "running_mean": features}
+    yield from (checkpoint | {name: Code()} for name in ("version", "options", "trained"))
+    yield pickle.dumps(Code())
+
+
+def test_strangers_files_are_loaded_as_valid_or_refused_in_one_line(checkpoint):
+    content, path = pathlib.Path("a.pt").read_bytes(), pathlib.Path("bad.pt")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # KiB
+    valid = refused = 0
+    for bad in mutations(checkpoint, content):
+        if isinstance(bad, bytes):
+            path.write_bytes(bad)
+        else:
+            torch.save(bad, path)
+        signal.alarm(30)   # a hang would end the tests
+        try:
+            train.restore_model(train.load_checkpoint(path), path)
+            valid += 1
+        except train.Problem as problem:
+            assert "\n" not in str(problem) and str(path) in str(problem)
+            refused += 1
+        finally:
+            signal.alarm(0)
+    print(f"{valid} files loaded as valid, {refused} refused")
+    assert refused > 800
+    assert not pathlib.Path("code-ran").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2 * 2 ** 20
+
+
 @pytest.mark.parametrize("words, says", [
     ("a.pt --thresholds -1", "--thresholds"), ("a.pt --thresholds nan", "--thresholds"), ("", "ckpt.pt"),
     ("a.pt a.pt --thresholds 0.1 --save b.pt", "--save takes one"), ("a.pt --save b.pt", "--save takes one"),
@@ -643,6 +767,22 @@ real_images = pytest.mark.skipif("CIFAR10_DIR" not in os.environ, reason="CIFAR1
 
 
 @real_images
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_damaged_real_images_are_refused(damage, tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for path in (pathlib.Path(os.environ["CIFAR10_DIR"]) / "cifar-10-batches-py").iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    batch = bytearray((folder / "data_batch_3").read_bytes())
+    (folder / "data_batch_3").unlink()
+    batch[15_000_000] ^= 1
+    if damage == "flipped":
+        (folder / "data_batch_3").write_bytes(batch)
+    with pytest.raises(train.Problem, match="data_batch_3: missing or MD5 differs.*delete the folder"):
+        train.load_data("cifar10", tmp_path, 0)
+
+
+@real_images
 def test_real_images_are_learned_from(tmp_path, monkeypatch, capsys):
     """Twenty steps of resnet14 BN-only lower the loss on real images; prune and analyze run on what comes out."""
     (train_images, train_labels), test_data = train.load_data("cifar10", pathlib.Path(os.environ["CIFAR10_DIR"]), 0)
@@ -657,3 +797,87 @@ def test_real_images_are_learned_from(tmp_path, monkeypatch, capsys):
     assert command(prune, out, "--thresholds", 0, 0.1) == 0 and command(analyze, out, "--activations") == 0
     text = capsys.readouterr().out
     assert f"{records[1]['test_accuracy']:.2f} %" in text and "(accuracy" in text
+
+
+# -------------------------------------------------------------------------------- minutes long: pytest -q -k slow
+
+slow = pytest.mark.skipif("'slow' not in config.option.keyword", reason="takes minutes: pytest -q -k slow")
+
+CHILD = """
+import os, sys, time, torch
+import train
+
+data = torch.load("data.pt")
+train.load_data = lambda *args: data
+pause = float(sys.argv.pop(1))
+
+def slowed(call):
+    def wrapped(*args):
+        time.sleep(pause)
+        call(*args)
+        time.sleep(pause)
+    return wrapped
+
+os.fsync, os.replace = slowed(os.fsync), slowed(os.replace)
+save = train.save_checkpoint
+
+def save_and_weigh(*args):
+    save(*args)
+    with open("/proc/self/statm") as statm:
+        print("resident", int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), flush=True)
+
+train.save_checkpoint = save_and_weigh
+train.run(train.main)
+"""
+
+
+def start_child(pause, epochs, out):
+    """A training run in a process of its own on the images in data.pt, with every fsync and rename slowed down."""
+    words = [*SMALL, "--bn-only", "--epochs", epochs, "--out", out, "--resume"]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", CHILD, *map(str, [pause, *words])], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@slow
+def test_slow_kills_lose_at_most_an_epoch(small_data):
+    """24 SIGKILLs, half of them inside a write: what is left always loads, and resumes to the same end bit for bit."""
+    torch.save(small_data, "data.pt")
+    assert start_child(0, 20, "whole.pt").wait() == 0
+    whole = torch.load("whole.pt", weights_only=True)
+    rng = np.random.RandomState(0)
+    kills, inside, runs, epoch = 0, 0, 0, 0
+    out = pathlib.Path("a.pt")
+    while kills < 24:
+        child = start_child(0.02, 20, out)
+        next(line for line in child.stdout if line.startswith("  epoch"))   # now it trains
+        time.sleep(rng.uniform(0, 1.5))
+        while kills % 2 and child.poll() is None and not list(pathlib.Path().glob("a.*.tmp")):
+            time.sleep(0.001)   # until it writes
+        child.kill()
+        if child.wait() == -signal.SIGKILL:
+            kills += 1
+            inside += bool(list(pathlib.Path().glob("a.*.tmp")))
+        done = train.load_checkpoint(out)["epoch"] if out.exists() else 0
+        assert done >= epoch   # nothing that was complete is lost
+        epoch = done
+        if epoch == 20 or kills == 24:
+            assert start_child(0, 20, out).wait() == 0
+            final = torch.load(out, weights_only=True)
+            for name in ("trained", "momentum", "running_mean", "running_var", "rng"):
+                assert torch.equal(final[name], whole[name]), name
+            assert timeless(final["records"]) == timeless(whole["records"])
+            out.unlink()
+            runs, epoch = runs + 1, 0
+    print(f"{kills} kills survived, {inside} of them inside a write, in {runs} runs")
+    assert inside >= 10 and not list(pathlib.Path().glob("a.*.tmp"))
+
+
+@slow
+def test_slow_memory_is_flat_over_30_epochs(synthetic, small_data):
+    """Resident memory after epoch 30 is within 16 MB of that after epoch 5."""
+    torch.save(tuple((images[:1000].clone(), labels[:1000].clone()) for images, labels in synthetic), "data.pt")
+    out, _ = start_child(0, 30, "a.pt").communicate()
+    resident = [int(line.split()[1]) for line in out.splitlines() if line.startswith("resident")]
+    print(f"resident after epoch 5: {resident[4] / 1e6:.1f} MB, after epoch 30: {resident[-1] / 1e6:.1f} MB")
+    assert len(resident) == 30 and resident[-1] - resident[4] < 16e6

@@ -259,17 +259,46 @@ def unflatten(vector, tensors):
 def write_atomically(path, content):
     """Write bytes to a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
-    Whatever happens in between, `path` holds the old content or the new, never a part.
+    Whatever happens in between, a power cut included, `path` holds the old content or the new, never a part. Raises
+    Problem if the file can't be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")   # its own name for each run that shares `path`
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":   # where a rename lasts only once its folder is on the disk, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        kept = "; what it held before is still there" if path.exists() else ""
+        raise Problem(f"{path} can't be written ({error.strerror}){kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(out):
+    """Remove the temporary files of killed runs that had this --out; those of runs that are alive stay."""
+    for temporary in out.parent.glob("*.tmp"):
+        name, _, pid = temporary.stem.rpartition(".")
+        if name in (out.name, f"{out.stem}.jsonl", f"{out.stem}.json") and pid.isdecimal() and not is_running(int(pid)):
+            temporary.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    """Whether another process has this number; where that can't be asked (off POSIX), say no."""
+    try:
+        if os.name == "posix" and pid != os.getpid():
+            os.kill(pid, 0)   # signal 0: only looks
+            return True
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        pass
+    return False
 
 
 def save_checkpoint(path, checkpoint):
@@ -341,6 +370,9 @@ def check_checkpoint(checkpoint, size):
     if len(checkpoint["fingerprint"]) != 3 or not all(map(math.isfinite, checkpoint["fingerprint"])):
         raise Problem("damaged checkpoint: the fingerprint of the frozen weights is not three numbers")
     torch.Generator().set_state(checkpoint["rng"])   # raises if it is no state
+    scaler = torch.amp.GradScaler("cpu", enabled=options["amp"] == "fp16").state_dict()
+    if set(checkpoint["scaler"]) != set(scaler) or not all(map(math.isfinite, checkpoint["scaler"].values())):
+        raise Problem("damaged checkpoint: the state of the gradient scaler is not one")
 
 
 def restore_model(checkpoint, path):
@@ -473,6 +505,7 @@ def train(args, device):
     if args.out.exists() and not checkpoint:
         raise Problem(f"{args.out} exists: add --resume to go on with it, or choose another --out, or delete it", 2)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(args.out)
     save_log(args.out, records)   # now, because a folder that can't be written should not cost an epoch
 
     train_data, test_data = load_data(args.dataset, args.data_dir, args.seed)
