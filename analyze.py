@@ -56,19 +56,23 @@ def specification_rows():
     return rows
 
 
-def read_accuracies(folder):
-    """The last-epoch test accuracies of the records in a folder, as {(arch, mode): [percent of each seed]}.
+def read_records(folder):
+    """The records in a folder that belong into the tables, as {(arch, mode, seed): record}.
 
-    Only runs with the paper's recipe on CIFAR-10 count. Returns also the names of the records left out.
+    Only runs with the paper's recipe on CIFAR-10 belong there, and one for each seed. Returns also why others do not.
     """
-    accuracies, left_out = {}, []
+    records, left_out = {}, []
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
+        depth, width = parse_arch(record["arch"])
+        key = (f"resnet{depth}" if width == 1 else record["arch"]), record["train"], record["seed"]
         if any(record[name] != value for name, value in PAPER_RECIPE.items()):
-            left_out.append(path.name)
+            left_out.append(f"{path.name} (not the paper's recipe on CIFAR-10)")
+        elif key in records:
+            left_out.append(f"{path.name} (a run of this seed is already there)")
         else:
-            accuracies.setdefault((record["arch"], record["train"]), []).append(record["test_accuracy"])
-    return accuracies, left_out
+            records[key] = record
+    return records, left_out
 
 
 def mean_and_std(values):
@@ -85,7 +89,10 @@ def print_results(folder, markdown):
     print_table("Networks and their trainable parameters",
                 ["network", "depth", "width", "all", "BatchNorm", "shortcut conv", "output"],
                 specification_rows(), markdown)
-    accuracies, left_out = read_accuracies(folder)
+    records, left_out = read_records(folder)
+    accuracies = {}   # (arch, mode) -> the last-epoch test accuracy of each seed
+    for (arch, mode, _), record in records.items():
+        accuracies.setdefault((arch, mode), []).append(record["test_accuracy"])
 
     def ours(arch, mode):
         return mean_and_std(accuracies.get((arch, mode)))
@@ -102,32 +109,25 @@ def print_results(folder, markdown):
                   ours(arch, "all"), paper(arch, "all")] for arch in DEEP], markdown)
     print_table("Width: test accuracy (%) on CIFAR-10 after the last epoch",
                 ["network", "BN parameters", "BN-only", "all"],
-                [[arch, bn_count(arch), ours(arch, "bn"), ours(arch, "all")] for arch in WIDE], markdown)
+                [[arch, bn_count(arch), ours(arch, "bn"), ours(arch, "all")] for arch in [DEEP[0], *WIDE]], markdown)
     print_table("Depth against width at about as many BN parameters: BN-only test accuracy (%)",
                 ["deep", "BN parameters", "accuracy", "wide", "BN parameters", "accuracy"],
                 [[deep, bn_count(deep), ours(deep, "bn"), wide, bn_count(wide), ours(wide, "bn")]
                  for deep, wide in PAIRS], markdown)
+    in_no_table = {arch for arch, mode in accuracies if arch not in DEEP + WIDE or mode not in ("all", "bn")}
+    columns = ["resnet14", "resnet110", "resnet866"]
+    columns += sorted(in_no_table - set(columns))
     print_table("What trains: test accuracy (%) by --train",
-                ["--train", *(f"{arch}{suffix}" for arch in ("resnet14", "resnet110", "resnet866")
-                              for suffix in ("", " (paper)"))],
-                [[mode, *(show(arch, mode) for arch in ("resnet14", "resnet110", "resnet866")
-                          for show in (ours, paper))] for mode in MODES], markdown)
-    print_gamma_shares(folder, markdown)
-    if left_out:
-        print(f"Left out, since not the paper's recipe on CIFAR-10: {', '.join(left_out)}")
-
-
-def print_gamma_shares(folder, markdown):
-    """Print, for every BN-only record with a prune table, how many gammas are small and what zeroing them costs."""
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        record = read_record(path)
-        if record["train"] == "bn" and "prune" in record:
-            rows += [[record["arch"], str(record["seed"]), f"{row['threshold']:g}", f"{row['pruned']:.2f}",
-                      f"{row['test_accuracy']:.2f}", f"{row['change']:+.2f}"] for row in record["prune"]]
+                ["--train", *(f"{arch}{suffix}" for arch in columns for suffix in ("", " (paper)"))],
+                [[mode, *(show(arch, mode) for arch in columns for show in (ours, paper))] for mode in MODES], markdown)
+    rows = [[arch, str(seed), f"{row['threshold']:g}", f"{row['pruned']:.2f}", f"{row['test_accuracy']:.2f}",
+             f"{row['change']:+.2f}"] for (arch, mode, seed), record in records.items() if mode == "bn"
+            for row in record.get("prune", [])]
     print_table("Gammas set to zero after BN-only training",
                 ["network", "seed", "|gamma| <", "zeroed (%)", "accuracy (%)", "change (points)"],
                 rows or [["-"] * 6], markdown)
+    if left_out:
+        print("Left out:", *left_out, sep="\n  ")
 
 
 # --------------------------------------------------------------------------------------------------- one network
@@ -152,7 +152,7 @@ def histogram(values, bins=21, width=50):
     limit = max(np.abs(values).max(), 1e-12)
     counts, edges = np.histogram(values, bins, (-limit, limit))
     centers = (edges[:-1] + edges[1:]) / 2
-    return [f"{center:+9.3f} {100 * count / len(values):6.2f} % {'#' * round(width * count / counts.max())}".rstrip()
+    return [f"{round(center, 4) + 0.0:+9.4f} {100 * count / len(values):6.2f} % {'#' * round(width * count / counts.max())}".rstrip()
             for center, count in zip(centers, counts)]
 
 
@@ -176,7 +176,7 @@ def firing_frequency(model, images, labels, amp):
     accuracy = evaluate(model, images, labels, amp)
     for handle in handles:
         handle.remove()
-    frequency = {name: (fired[name].double() / sizes[name]).cpu().numpy() for name in fired}
+    frequency = {name: fired[name].cpu().double().numpy() / sizes[name] for name in fired}
     return {kind: np.concatenate([values for name, values in frequency.items() if name.endswith(ending)])
             for kind, ending in (("inside a block", "relu1"), ("after the addition", "relu2"), ("all", ""))}, accuracy
 

@@ -7,6 +7,7 @@ A name and a seed say everything about its initial values: see `initialize`.
     parameter_counts(model)   # {"all": 13979930, "bn": 64736, "shortcut": 2560, "output": 650}
 """
 import math
+import os
 import re
 
 import numpy as np
@@ -68,16 +69,16 @@ def parse_arch(arch):
     """The (depth, width) of a name such as `resnet866` or `wrn14-32`; ValueError says what is wrong with any other."""
     match = re.fullmatch(r"resnet([1-9]\d{0,9})|wrn([1-9]\d{0,9})-([1-9]\d{0,9})", arch, re.ASCII)
     if not match:
-        raise ValueError(f"no network is called '{arch}': use resnet<depth> or wrn<depth>-<width>, "
+        raise ValueError(f"no network is called {arch!r:.60}: use resnet<depth> or wrn<depth>-<width>, "
                          "such as resnet866 or wrn14-32")
     depth, width = int(match[1] or match[2]), int(match[3] or 1)
     n = (depth - 2) // 6
     if depth < 8 or depth % 6 != 2:
         near = " and ".join(str(6 * m + 2) for m in (n, n + 1) if m >= 1)
-        raise ValueError(f"'{arch}' has no valid depth: depths are 6n + 2 (n >= 1); nearest to {depth}: {near}")
+        raise ValueError(f"{arch!r} has no valid depth: depths are 6n + 2 (n >= 1); nearest to {depth}: {near}")
     # A block holds 18 c^2 weights for c channels, the three stages together n * 18 * (16^2 + 32^2 + 64^2) width^2.
     if n * 96_768 * width ** 2 > 1e11:
-        raise ValueError(f"'{arch}' would have more than 10^11 weights (400 GB): choose a smaller depth or width")
+        raise ValueError(f"{arch!r} would have more than 10^11 weights (400 GB): choose a smaller depth or width")
     return depth, width
 
 
@@ -119,9 +120,13 @@ def batchnorms(model):
 def build_model(arch, seed):
     """The network of this name with the random values of this seed (0 .. 2^32 - 1), on the CPU in float32.
 
-    Raises ValueError for a name that is no network.
+    Raises ValueError for a name that is no network, MemoryError for one that this machine can't hold.
     """
-    model = empty_model(arch).to_empty(device="cpu")
+    model = empty_model(arch)
+    size = 4 * parameter_counts(model)["all"]
+    if hasattr(os, "sysconf") and size > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise MemoryError(f"{arch} has {size / 1e9:.1f} GB of weights, this machine {memory / 1e9:.1f} GB of memory")
+    model.to_empty(device="cpu")
     initialize(model, seed)
     return model
 

@@ -6,15 +6,17 @@
 Prints a table per checkpoint. Where the record of the run (the .json beside the checkpoint) has no such table yet, the
 default one is added to it, for analyze.py.
 """
+import argparse
+import contextlib
 import json
 import math
 import pathlib
 
 import torch
 
-from models import batchnorms
+from models import batchnorms, parse_arch
 from train import (DATA_DIR, DATASETS, RECIPE, Parser, Problem, add_device_argument, choose_device, evaluate, flatten,
-                   load_checkpoint, load_data, restore_model, run, save_checkpoint, trained_parameters, write_record,
+                   is_number, load_checkpoint, load_data, restore_model, run, save_checkpoint, trained_parameters, write_record,
                    zero_gammas)
 
 THRESHOLDS = [0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
@@ -33,7 +35,7 @@ def prune_table(model, images, labels, amp, thresholds):
     largest threshold. Beta stays in place.
     """
     rows, pruned = [], 0.0
-    original = gammas(model).abs()
+    original = gammas(model).abs().cpu()
     accuracy = unpruned = evaluate(model, images, labels, amp)
     for threshold in sorted(thresholds):
         share = 100 * (original < threshold).double().mean().item()
@@ -54,24 +56,28 @@ def print_table(rows):
 def add_to_record(path, checkpoint, rows):
     """Add a prune table to the record beside this checkpoint, if that is the record of this run and has none yet."""
     record_path = path.with_suffix(".json")
-    if not record_path.exists():
-        return
-    record = read_record(record_path)
-    same_run = all(record[name] == value for name, value in checkpoint["options"].items())
-    if same_run and record["records"] == checkpoint["records"] and "prune" not in record:
-        write_record(path, {**record, "prune": rows})
-        print(f"added to {record_path}")
+    try:
+        record = read_record(record_path) if record_path.exists() else {"prune": []}
+        same_run = all(record.get(name) == value for name, value in checkpoint["options"].items())
+        if "prune" not in record and same_run and record["records"] == checkpoint["records"]:
+            write_record(path, {**record, "prune": rows})
+            print(f"added to {record_path}")
+    except Problem as problem:   # the table is printed; this was only for the record
+        print(f"not added to the record: {problem}")
 
 
 def read_record(path):
     """The record of a run as train.py wrote it, a dict. Raises Problem if the file is no such record."""
     try:
         record = json.loads(path.read_text())
-        missing = {*RECIPE, "parameters", "test_accuracy", "records"} - set(record)
-    except (ValueError, TypeError) as error:
+        parse_arch(record["arch"])
+        columns = {"threshold", "pruned", "test_accuracy", "change"}
+        if not (all(type(record[name]) is RECIPE[name] for name in RECIPE) and is_number(record["test_accuracy"])
+                and all(set(row) == columns and all(map(is_number, row.values())) for row in record.get("prune", []))
+                and isinstance(record["records"], list)):
+            raise ValueError("an entry is of a wrong type")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Problem(f"{path} is not the record of a run ({error})") from None
-    if missing:
-        raise Problem(f"{path} is not the record of a run: it lacks {', '.join(sorted(missing))}")
     return record
 
 
@@ -91,10 +97,10 @@ def load_test_data(checkpoint, args, device):
 
 def threshold(text):
     """A finite number that is not negative, for argparse."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, 0 or more (checkpoints come before this option)")
 
 
 def main():

@@ -2,24 +2,27 @@
 
     python train.py --arch resnet866 --bn-only              # the paper's headline experiment
     python train.py --arch resnet14 --bn-only --resume      # go on with a run that was stopped
-    python train.py --arch resnet8 --dataset synthetic      # no download, no GPU, about a minute
+    python train.py --arch resnet8 --bn-only --dataset synthetic --epochs 2     # no download, no GPU, a minute
 
 After every epoch it writes, for --out runs/x.pt: the checkpoint runs/x.pt and the log runs/x.jsonl (one JSON record
 per epoch); at the end also the record of the whole run, runs/x.json, from which analyze.py makes its tables.
 """
 import argparse
+import contextlib
 import functools
 import io
 import json
 import math
 import os
 import pathlib
+import pickletools
 import platform
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 
@@ -36,8 +39,8 @@ from models import (batchnorms, build_model, count_features, empty_model, finger
 class Problem(Exception):
     """Something that the user can mend: the one line that the user sees, and the exit status (2 for wrong usage)."""
 
-    def __init__(self, text, status=1):
-        super().__init__(text)
+    def __init__(self, text, status=1):   # the text may quote a stranger's file: no line breaks, no terminal codes
+        super().__init__("".join(c if c.isprintable() else "?" for c in text)[:1000])
         self.status = status
 
 
@@ -70,6 +73,9 @@ def cifar10_data(data_dir):
                           "delete the folder, then run again to download CIFAR-10 anew")
     elif archive.exists() and not check_integrity(str(archive), cifar10.tgz_md5):
         raise Problem(f"{archive} is only half there or damaged (MD5 differs): delete it, then run again")
+    elif not archive.exists():
+        print(f"no CIFAR-10 in {data_dir} yet: downloading it, 170 MB (no network? --dataset synthetic needs none)",
+              flush=True)
     try:
         train, test = (cifar10(data_dir, train=part, download=not folder.exists()) for part in (True, False))
     except (OSError, RuntimeError) as error:
@@ -93,6 +99,9 @@ def import_torchvision():
                           "belongs together, as in requirements.txt") from error
         torch.library.define(missing[1], "() -> ()")
         import_torchvision()
+    except ImportError as error:
+        raise Problem(f"torchvision can't be imported ({error}): pip install -r requirements.txt, or use --dataset "
+                      "synthetic") from error
 
 
 def synthetic_data(seed):
@@ -101,7 +110,7 @@ def synthetic_data(seed):
     A class is a pair of smooth random colour patterns. An image shows one of its class's two, shifted by up to eight
     pixels, under a pattern that any class may show and under pixel noise.
     """
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState([seed, 1])   # not the stream of the initial values
 
     def patterns(count):   # (count, 32, 32, 3): random 4x4 colours, enlarged smoothly
         small = torch.from_numpy(rng.standard_normal((count, 3, 4, 4)))
@@ -209,6 +218,13 @@ def freeze(model, mode, seed):
     return trained_parameters(model)
 
 
+def count_trained(arch, mode):
+    """How many scalars this --train mode trains in the network of this name."""
+    if mode == "random":
+        return 2 * count_features(arch)
+    return sum(p.numel() for name, p in empty_model(arch).named_parameters() if part_of(name) in MODES[mode])
+
+
 def trained_parameters(model):
     """The parameters that require gradients, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -262,7 +278,8 @@ def write_atomically(path, content):
     Whatever happens in between, a power cut included, `path` holds the old content or the new, never a part. Raises
     Problem if the file can't be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")   # its own name for each run that shares `path`
+    # A name of its own, should two runs share `path`; the process number is for remove_leftovers.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -277,14 +294,15 @@ def write_atomically(path, content):
         kept = "; what it held before is still there" if path.exists() else ""
         raise Problem(f"{path} can't be written ({error.strerror}){kept}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):   # usually it is gone
+            temporary.unlink()
 
 
 def remove_leftovers(out):
     """Remove the temporary files of killed runs that had this --out; those of runs that are alive stay."""
     for temporary in out.parent.glob("*.tmp"):
-        name, _, pid = temporary.stem.rpartition(".")
-        if name in (out.name, f"{out.stem}.jsonl", f"{out.stem}.json") and pid.isdecimal() and not is_running(int(pid)):
+        match = re.fullmatch(r"(.*)\.(\d+)-[0-9a-f]{8}\.tmp", temporary.name)
+        if match and match[1] in (out.name, f"{out.stem}.jsonl", f"{out.stem}.json") and not is_running(int(match[2])):
             temporary.unlink(missing_ok=True)
 
 
@@ -314,13 +332,17 @@ def load_checkpoint(path):
     Raises Problem for a file that is missing, truncated, foreign, of another version or inconsistent.
     """
     if not path.is_file():
-        raise Problem(f"{path}: no such checkpoint; train.py writes one after its first epoch")
+        what = "is no file" if path.exists() else "no such checkpoint; train.py writes one after its first epoch"
+        raise Problem(f"{path}: {what}")
     try:
         # torch.load trusts the sizes that a file states and skips its checksums, so look at them first.
         with zipfile.ZipFile(path) as archive:
             stated = sum(entry.file_size for entry in archive.infolist())
             if stated > path.stat().st_size or archive.testzip() is not None:
                 raise ValueError("sizes or checksums do not match")
+            for entry in archive.infolist():
+                if entry.filename.endswith(".pkl"):
+                    check_pickle(archive.read(entry))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_checkpoint(checkpoint, stated)
     except Problem as problem:
@@ -331,6 +353,24 @@ def load_checkpoint(path):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise Problem(f"{path} is not a checkpoint of train.py, or is damaged ({reason})") from None
     return checkpoint
+
+
+def check_pickle(content):
+    """Raise ValueError unless this pickle is made of what checkpoints are made of: plain values and CPU tensors.
+
+    weights_only=True runs no code, but it would still build a bytearray of any size, or hash for ever a tuple that
+    holds one tuple twice, that holds one tuple twice, ...
+    """
+    allowed = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage", "collections OrderedDict"}
+    previous, tuples = "", set()   # where the pickle keeps its tuples
+    for opcode, argument, _ in pickletools.genops(content):
+        if "GLOBAL" in opcode.name and argument not in allowed:
+            raise ValueError(f"it holds {argument or 'an object'}")
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and "TUPLE" in previous:
+            tuples.add(int(argument))
+        if opcode.name in ("BINGET", "LONG_BINGET", "GET") and int(argument) in tuples or opcode.name in ("DUP", "MEMOIZE"):
+            raise ValueError("it holds one tuple in two places")
+        previous = opcode.name
 
 
 def check_checkpoint(checkpoint, size):
@@ -350,10 +390,12 @@ def check_checkpoint(checkpoint, size):
         check_recipe(options)
     except ValueError as error:
         raise Problem(f"damaged checkpoint: {error}") from None
-    if not (1 <= epoch == len(records) <= options["epochs"] and 0 <= checkpoint["pruned_below"] < math.inf):
+    if not 1 <= epoch == len(records) <= options["epochs"]:
         raise Problem("damaged checkpoint: epoch, records and options contradict each other")
+    if not 0 <= checkpoint["pruned_below"] < math.inf:
+        raise Problem("damaged checkpoint: pruned_below is no threshold")
     for number, record in enumerate(records, 1):
-        if set(record) != set(RECORD) or record["epoch"] != number or not all(map(math.isfinite, record.values())):
+        if set(record) != set(RECORD) or record["epoch"] != number or not all(map(is_number, record.values())):
             raise Problem(f"damaged checkpoint: the record of epoch {number} is not one")
     # The lengths come before any network is built, so that a forged name can't ask for more memory than the file has.
     features = count_features(options["arch"])
@@ -365,14 +407,23 @@ def check_checkpoint(checkpoint, size):
         if name.startswith("running") and len(vector) != features:
             raise Problem(f"{name} has {len(vector)} entries, but {options['arch']} has {features} features: "
                           "the checkpoint of another network, or damaged")
-    if len(checkpoint["trained"]) != len(checkpoint["momentum"]) or (checkpoint["running_var"] < 0).any():
+    expected = count_trained(options["arch"], options["train"])
+    if len(checkpoint["trained"]) != expected:
+        raise Problem(f"{len(checkpoint['trained'])} trained parameters, but {options['arch']} with --train "
+                      f"{options['train']} has {expected}: the checkpoint of another network, or damaged")
+    if len(checkpoint["momentum"]) != expected or (checkpoint["running_var"] < 0).any():
         raise Problem("damaged checkpoint: momentum or running_var is wrong")
-    if len(checkpoint["fingerprint"]) != 3 or not all(map(math.isfinite, checkpoint["fingerprint"])):
+    if len(checkpoint["fingerprint"]) != 3 or not all(map(is_number, checkpoint["fingerprint"])):
         raise Problem("damaged checkpoint: the fingerprint of the frozen weights is not three numbers")
     torch.Generator().set_state(checkpoint["rng"])   # raises if it is no state
     scaler = torch.amp.GradScaler("cpu", enabled=options["amp"] == "fp16").state_dict()
-    if set(checkpoint["scaler"]) != set(scaler) or not all(map(math.isfinite, checkpoint["scaler"].values())):
+    if set(checkpoint["scaler"]) != set(scaler) or not all(map(is_number, checkpoint["scaler"].values())):
         raise Problem("damaged checkpoint: the state of the gradient scaler is not one")
+
+
+def is_number(value):
+    """Whether this is a finite int or float, and nothing that merely converts to one."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def restore_model(checkpoint, path):
@@ -381,12 +432,11 @@ def restore_model(checkpoint, path):
     Regenerates the frozen weights from the seed; raises Problem if they are not those the checkpoint was made with.
     """
     options = checkpoint["options"]
-    model = build_model(options["arch"], options["seed"])
+    try:
+        model = build_model(options["arch"], options["seed"])
+    except MemoryError as error:
+        raise Problem(f"{path}: {error}") from None
     trained = freeze(model, options["train"], options["seed"])
-    expected = sum(parameter.numel() for parameter in trained)
-    if len(checkpoint["trained"]) != expected:
-        raise Problem(f"{path}: {len(checkpoint['trained'])} trained parameters, but {options['arch']} with --train "
-                      f"{options['train']} has {expected}: the checkpoint of another network, or damaged")
     if not same_fingerprint(checkpoint["fingerprint"], fingerprint(frozen_parameters(model))):
         raise Problem(f"{path}: the frozen weights made from seed {options['seed']} are not those that this checkpoint was "
                       "trained with (their fingerprints differ): the seed was changed, or this code was")
@@ -458,13 +508,13 @@ def check_recipe(options):
     """Raise ValueError with the reason if an option of a run (see RECIPE) is out of its range."""
     for name, choices in (("train", MODES), ("dataset", DATASETS), ("amp", AMP_DTYPES)):
         if options[name] not in choices:
-            raise ValueError(f"{flag(name)} {options[name]}: choose one of {', '.join(choices)}")
+            raise ValueError(f"{flag(name)} {options[name]!r:.60}: choose one of {', '.join(choices)}")
     for name, holds, what in (
             ("seed", 0 <= options["seed"] < 2 ** 32, "0 to 4294967295"),
             ("epochs", options["epochs"] >= 1, "at least 1"),
             ("batch_size", options["batch_size"] >= 1, "at least 1"),
-            ("lr", 0 < options["lr"] < math.inf, "a finite number above 0"),
-            ("weight_decay", 0 <= options["weight_decay"] < math.inf, "a finite number, 0 or more")):
+            ("lr", 0 < options["lr"] <= 1e30, "above 0 and at most 1e30"),          # as far as float32 goes
+            ("weight_decay", 0 <= options["weight_decay"] <= 1e30, "0 to 1e30")):
         if not holds:
             raise ValueError(f"{flag(name)} {options[name]}: must be {what}")
 
@@ -502,11 +552,15 @@ def train(args, device):
     if len(records) == args.epochs:
         print(f"{args.out} is finished: epoch {args.epochs}, test accuracy {records[-1]['test_accuracy']:.2f} %")
         return
-    if args.out.exists() and not checkpoint:
-        raise Problem(f"{args.out} exists: add --resume to go on with it, or choose another --out, or delete it", 2)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for path in (args.out, args.out.with_suffix(".json")):
+        if path.exists() and not args.resume:
+            raise Problem(f"{path} exists: add --resume to go on with that run, or choose another --out, or delete it", 2)
+    try:   # now, because a folder that can't be written should not cost an epoch
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out.parent).close()
+    except OSError as error:
+        raise Problem(f"--out {args.out} can't be written ({error.strerror}): choose another folder") from error
     remove_leftovers(args.out)
-    save_log(args.out, records)   # now, because a folder that can't be written should not cost an epoch
 
     train_data, test_data = load_data(args.dataset, args.data_dir, args.seed)
     n = len(train_data[0])
@@ -523,9 +577,9 @@ def train(args, device):
     model.to(device, memory_format=torch.channels_last)
     trained = trained_parameters(model)
     counts = parameter_counts(empty_model(args.arch))
-    count = sum(parameter.numel() for parameter in trained)
+    count = count_trained(args.arch, args.train)
     facts = {**options, "parameters": {**counts, "trained": count}, "commit": commit(), "hardware": hardware(device),
-             "torch": torch.__version__}   # commit: of the code at the start, whatever is edited meanwhile
+             "torch": torch.__version__}   # now, whatever is edited while it runs; after a resume, the last part's
     print(f"{args.arch}: {count:,} of {counts['all']:,} parameters train ({100 * count / counts['all']:.2f} %)")
 
     optimizer = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -570,9 +624,10 @@ def train(args, device):
         finite[-1] &= all(vector.isfinite().all() for vector in vectors.values())
         if not finite.all():
             step = finite.logical_not().nonzero()[0].item()
+            what = "parameters not finite after" if losses[step].isfinite() else f"loss {losses[step]:g} at"
             kept = f"{args.out} holds the network after epoch {epoch}" if epoch else "no epoch was completed"
-            raise Problem(f"training diverged: loss {losses[step]:g} at step {step + 1} of epoch {epoch + 1}; {kept}; "
-                          "try a lower --lr, or --amp off")
+            raise Problem(f"training diverged: {what} step {step + 1} of epoch {epoch + 1}; {kept}; "
+                          f"try a lower --lr{'' if args.amp == 'off' else ', or --amp off'}")
 
         records.append({
             "epoch": epoch + 1,
@@ -596,8 +651,9 @@ def train(args, device):
         })
 
     print(f"test accuracy after the last epoch: {records[-1]['test_accuracy']:.2f} %\nNext:")
-    data_dir = "" if args.data_dir == DATA_DIR else f" --data-dir {args.data_dir}"
-    print(f"  python prune.py {args.out}{data_dir}\n  python analyze.py {args.out}")
+    data_dir = [] if args.data_dir == DATA_DIR else ["--data-dir", str(args.data_dir)]
+    print(" ", shlex.join(["python", "prune.py", str(args.out), *data_dir]))
+    print(" ", shlex.join(["python", "analyze.py", str(args.out)]))
 
 
 # ------------------------------------------------------------------------------------------------------- output
@@ -617,12 +673,12 @@ show_progress.shown = -math.inf
 def show_record(records, epochs):
     """Print the line of the epoch just done."""
     r = records[-1]
-    left = (epochs - r["epoch"]) * sum(record["seconds"] for record in records[-10:]) / len(records[-10:])
+    left = round((epochs - r["epoch"]) * sum(record["seconds"] for record in records[-10:]) / len(records[-10:]))
     if sys.stdout.isatty():
         print("\r", end="")
     print(f"{r['epoch']:3}/{epochs:<3} {r['train_loss']:11.4f} {r['train_accuracy']:8.2f} % {r['test_accuracy']:8.2f} % "
           f"{r['lr']:7.4g} {r['seconds']:8.1f} {r['images_per_second']:9,.0f}  "
-          f"{left // 3600:3.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}", flush=True)
+          f"{left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
 
 
 def save_log(out, records):
@@ -679,24 +735,23 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None):
     """The command line of train.py as (args, device); --amp auto and --out are replaced by what they stand for."""
     parser = Parser(description="Train a CIFAR-10 ResNet, or only its BatchNorm (arXiv 2003.00152). "
-                                "The defaults are the paper's recipe.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--arch", default="resnet14", help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
+                                "The defaults are the paper's recipe.")
+    parser.add_argument("--arch", default="resnet14", help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2 (%(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--train", choices=MODES, default="all", help="which parameters train, the rest stays random")
+    what.add_argument("--train", choices=MODES, default="all", help="which parameters train, the rest stays random (%(default)s)")
     what.add_argument("--bn-only", dest="train", action="store_const", const="bn", default=argparse.SUPPRESS,
                       help="short for --train bn")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="synthetic needs no download")
-    parser.add_argument("--data-dir", type=pathlib.Path, default=DATA_DIR, help="where CIFAR-10 is or will be put")
-    parser.add_argument("--epochs", type=int, default=160, help="the learning rate drops at 1/2 and at 3/4 of them")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per step")
-    parser.add_argument("--lr", type=float, default=0.1, help="initial learning rate of SGD with momentum 0.9")
-    parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty on whatever trains")
-    parser.add_argument("--seed", type=int, default=0, help="decides initial values, data order and augmentation")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="synthetic needs no download (%(default)s)")
+    parser.add_argument("--data-dir", type=pathlib.Path, default=DATA_DIR, help="where CIFAR-10 is or will be put (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=160, help="the learning rate drops at 1/2 and at 3/4 of them (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per step (%(default)s)")
+    parser.add_argument("--lr", type=float, default=0.1, help="initial learning rate of SGD with momentum 0.9 (%(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty on whatever trains (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides initial values, data order and augmentation (%(default)s)")
     parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="auto",
-                        help="mixed precision; auto is bf16 on CUDA (fp16 where it has no bf16) and off elsewhere")
+                        help="mixed precision; auto (the default): bf16 on CUDA, or fp16 if it has no bf16; off elsewhere")
     add_device_argument(parser)
-    parser.add_argument("--out", type=pathlib.Path, help="the checkpoint (default: runs/<arch>-<train>-s<seed>.pt)")
+    parser.add_argument("--out", type=pathlib.Path, help="the checkpoint, .pt (runs/<arch>-<train>-s<seed>.pt)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     args = parser.parse_args(argv)
 
@@ -718,7 +773,7 @@ def parse_args(argv=None):
 def add_device_argument(parser):
     """Give a parser the --device option."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                        help="auto is cuda, else mps, else cpu, whichever there is")
+                        help="auto (the default) is cuda, else mps, else cpu, whichever there is")
 
 
 def choose_device(name):
@@ -730,8 +785,11 @@ def choose_device(name):
     return torch.device(name)
 
 
-def run(main):
-    """Call main() and end the program: what goes wrong outside the code's power becomes one line on stderr."""
+def run(main, relief="--device cpu"):
+    """Call main(), and turn what goes wrong outside the code's power into one line on stderr and an exit status.
+
+    `relief` is what to try where memory does not suffice.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # a polite kill is a Ctrl-C
     try:
         return main()
@@ -739,10 +797,11 @@ def run(main):
         text, status = str(problem), problem.status
     except KeyboardInterrupt:
         text, status = "stopped", 1
-    except (MemoryError, RuntimeError) as error:   # PyTorch's own errors of this kind, on any device, name memory
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:   # RuntimeError: PyTorch's own ways to say it, on any device
+        ways = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(way in str(error) for way in ways):
             raise
-        text, status = f"out of memory ({(str(error) or 'host').splitlines()[0][:120]}): try a smaller --batch-size", 1
+        text, status = f"out of memory ({Problem(str(error))!s:.160}): try {relief}", 1
     except OSError as error:
         text, status = str(error), 1
     if sys.stdout.isatty():
@@ -761,4 +820,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "a smaller --batch-size")
