@@ -152,8 +152,9 @@ def histogram(values, bins=21, width=50):
     limit = max(np.abs(values).max(), 1e-12)
     counts, edges = np.histogram(values, bins, (-limit, limit))
     centers = (edges[:-1] + edges[1:]) / 2
-    return [f"{round(center, 4) + 0.0:+9.4f} {100 * count / len(values):6.2f} % {'#' * round(width * count / counts.max())}".rstrip()
-            for center, count in zip(centers, counts)]
+    bars = ["#" * round(width * count / counts.max()) for count in counts]
+    return [f"{round(center, 4) + 0.0:+9.4f} {100 * count / len(values):6.2f} % {bar}".rstrip()   # 0.0: no "-0.0000"
+            for center, count, bar in zip(centers, counts, bars)]
 
 
 def firing_frequency(model, images, labels, amp):

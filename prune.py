@@ -16,8 +16,8 @@ import torch
 
 from models import batchnorms, parse_arch
 from train import (DATA_DIR, DATASETS, RECIPE, Parser, Problem, add_device_argument, choose_device, evaluate, flatten,
-                   is_number, load_checkpoint, load_data, restore_model, run, save_checkpoint, trained_parameters, write_record,
-                   zero_gammas)
+                   is_number, load_checkpoint, load_data, restore_model, run, save_checkpoint, trained_parameters,
+                   write_record, zero_gammas)
 
 THRESHOLDS = [0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
 
@@ -100,7 +100,7 @@ def threshold(text):
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, 0 or more (checkpoints come before this option)")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, 0 or more (checkpoints come before this)")
 
 
 def main():

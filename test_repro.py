@@ -590,7 +590,7 @@ def test_specification_table():
     ("--batch-size 201 --out new.pt", 2, "--batch-size 201 is more than the 200"),
     ("--lr nan", 2, "--lr nan"),
     ("--lr 1e39", 2, "--lr 1e\\+39"),
-    ("--batch-size 200 --epochs 1 --lr 1e30 --weight-decay 1e30 --out new.pt", 1, "parameters not finite after step 1 of"),
+    ("--batch-size 200 --epochs 1 --lr 1e30 --weight-decay 1e30 --out new.pt", 1, "not finite after step 1 of epoch 1"),
     ("--arch wrn14-64 --out new.pt", 1, "out of memory .wrn14-64 has 2.8 GB of weights, this machine 1.1 GB of memory"),
     ("--lr -1", 2, "--lr -1"),
     ("--weight-decay inf", 2, "--weight-decay inf"),
@@ -619,7 +619,8 @@ def test_errors_of_train(words, status, says, small_data, capsys, monkeypatch):
 def test_resume_with_other_options_is_refused(checkpoint, capsys):
     before = pathlib.Path("a.pt").read_bytes()
     for change, says in [(["--epochs", "8"], "--epochs 8 (checkpoint: 4)"), (["--lr", "0.2"], "--lr 0.2"),
-                         (["--arch", "resnet14"], "--arch resnet14 (checkpoint: resnet8)"), (["--seed", "1"], "--seed 1")]:
+                         (["--arch", "resnet14"], "--arch resnet14 (checkpoint: resnet8)"),
+                         (["--seed", "1"], "--seed 1 (checkpoint: 0)")]:
         assert command(train, *SMALL, "--bn-only", "--out", "a.pt", "--resume", *change) == 2
         err = capsys.readouterr().err
         assert says in err and err.count("\n") == 1
@@ -674,7 +675,7 @@ class Code:
     (lambda c: b"", "damaged"),
     (lambda c: b"not a zip file", "not a checkpoint"),
     (lambda c: pathlib.Path("a.pt").read_bytes()[:9000], "damaged"),
-    (lambda c: bytes([*pathlib.Path("a.pt").read_bytes()[:9000], 1, *pathlib.Path("a.pt").read_bytes()[9001:]]), "damaged"),
+    (lambda c: pathlib.Path("a.pt").read_bytes().replace(c["trained"].numpy().tobytes()[:8], b"8 others"), "damaged"),
     (lambda c: torch.zeros(3), "not a checkpoint of train.py"),
     (lambda c: {"state_dict": {}}, "not a checkpoint of train.py"),
     (lambda c: {**c, "extra": Code()}, "not a checkpoint"),
@@ -749,8 +750,8 @@ def mutations(checkpoint, content):
     for key in train.RECORD:
         first = checkpoint["records"][0]
         yield from (checkpoint | {"records": [first | {key: value}, *checkpoint["records"][1:]]} for value in odd)
-    for arch in ("resnet6000000002", "wrn14-100000", "wrn8-3000", "resnet600002", "resnet" + "9" * 5000, "resnet8\0", "resnet8\nx",
-                 "resnet8\x1b[31m"):
+    for arch in ("resnet6000000002", "wrn14-100000", "wrn8-3000", "resnet600002", "resnet" + "9" * 5000, "resnet8\0",
+                 "resnet8\nx", "resnet8\x1b[31m"):
         yield checkpoint | {"options": checkpoint["options"] | {"arch": arch}}
         features = torch.zeros(1).expand(10 ** 9)
         yield checkpoint | {"options": checkpoint["options"] | {"arch": arch}, "running_mean": features}
@@ -812,9 +813,43 @@ def test_errors_of_prune(words, says, checkpoint, capsys):
     assert err.startswith("prune.py: error: ") and err.count("\n") == 1 and says in err
 
 
+# ------------------------------------------------------------------------------------------------------ results
+
+RESULTS = sorted((pathlib.Path(__file__).parent / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_records(path):
+    record = prune.read_record(path)
+    assert path.stem == f"{record['arch']}-{record['train']}-s{record['seed']}"
+    counts = record["parameters"]
+    assert tuple(counts[part] for part in ("all", "bn", "shortcut", "output")) == COUNTS[record["arch"]]
+    assert [r["epoch"] for r in record["records"]] == list(range(1, record["epochs"] + 1))
+    assert [r["lr"] for r in record["records"]] == [train.learning_rate(record["lr"], epoch, record["epochs"])
+                                                    for epoch in range(record["epochs"])]
+    assert record["test_accuracy"] == record["records"][-1]["test_accuracy"]
+    if path.with_suffix(".pt").exists():
+        checkpoint = train.load_checkpoint(path.with_suffix(".pt"))
+        assert checkpoint["records"] == record["records"] and len(checkpoint["trained"]) == counts["trained"]
+        assert all(record[name] == value for name, value in checkpoint["options"].items())
+        gamma = prune.gammas(train.restore_model(checkpoint, path)).abs()
+        for row in record["prune"]:
+            assert row["pruned"] == pytest.approx(100 * (gamma < row["threshold"]).double().mean().item())
+
+
 # -------------------------------------------------------------------------------------------------- real images
 
 real_images = pytest.mark.skipif("CIFAR10_DIR" not in os.environ, reason="CIFAR10_DIR does not name CIFAR-10")
+
+
+@real_images
+@pytest.mark.parametrize("path", [p for p in RESULTS if p.with_suffix(".pt").exists()], ids=lambda path: path.stem)
+def test_committed_checkpoints_have_the_recorded_accuracy(path):
+    checkpoint = train.load_checkpoint(path.with_suffix(".pt"))
+    model = train.restore_model(checkpoint, path).to(memory_format=torch.channels_last)
+    _, (images, labels) = train.load_data("cifar10", pathlib.Path(os.environ["CIFAR10_DIR"]), 0)
+    accuracy = train.evaluate(model, images, labels, checkpoint["options"]["amp"])
+    assert accuracy == pytest.approx(prune.read_record(path)["test_accuracy"], abs=0.1)
 
 
 @real_images

@@ -243,17 +243,17 @@ def frozen_parameters(model):
 VERSION = 1
 FIELDS = {
     "version": int,
-    "options": dict,              # see RECIPE
-    "epoch": int,                 # epochs done
-    "trained": torch.Tensor,      # all trained parameters, flattened and concatenated
-    "momentum": torch.Tensor,     # the optimizer's momentum buffers, likewise
-    "running_mean": torch.Tensor, # of all BatchNorm layers, concatenated
+    "options": dict,                # see RECIPE
+    "epoch": int,                   # epochs done
+    "trained": torch.Tensor,        # all trained parameters, flattened and concatenated
+    "momentum": torch.Tensor,       # the optimizer's momentum buffers, likewise
+    "running_mean": torch.Tensor,   # of all BatchNorm layers, concatenated
     "running_var": torch.Tensor,
-    "pruned_below": float,        # gammas with |gamma| below this are zero (prune.py --save)
-    "fingerprint": list,          # of the frozen parameters
-    "rng": torch.Tensor,          # state of the generator of data order and augmentation
-    "scaler": dict,               # state of the gradient scaler, empty but for fp16
-    "records": list,              # one dict per epoch done
+    "pruned_below": float,          # gammas with |gamma| below this are zero (prune.py --save)
+    "fingerprint": list,            # of the frozen parameters
+    "rng": torch.Tensor,            # state of the generator of data order and augmentation
+    "scaler": dict,                 # state of the gradient scaler, empty but for fp16
+    "records": list,                # one dict per epoch done
 }
 # What makes a run what it is. --resume refuses to go on with other values; the record of a run states them.
 RECIPE = {"arch": str, "train": str, "dataset": str, "seed": int, "epochs": int, "batch_size": int, "lr": float,
@@ -368,7 +368,8 @@ def check_pickle(content):
             raise ValueError(f"it holds {argument or 'an object'}")
         if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and "TUPLE" in previous:
             tuples.add(int(argument))
-        if opcode.name in ("BINGET", "LONG_BINGET", "GET") and int(argument) in tuples or opcode.name in ("DUP", "MEMOIZE"):
+        reads = opcode.name in ("BINGET", "LONG_BINGET", "GET")
+        if reads and int(argument) in tuples or opcode.name in ("DUP", "MEMOIZE"):
             raise ValueError("it holds one tuple in two places")
         previous = opcode.name
 
@@ -438,8 +439,8 @@ def restore_model(checkpoint, path):
         raise Problem(f"{path}: {error}") from None
     trained = freeze(model, options["train"], options["seed"])
     if not same_fingerprint(checkpoint["fingerprint"], fingerprint(frozen_parameters(model))):
-        raise Problem(f"{path}: the frozen weights made from seed {options['seed']} are not those that this checkpoint was "
-                      "trained with (their fingerprints differ): the seed was changed, or this code was")
+        raise Problem(f"{path}: the frozen weights made from seed {options['seed']} are not those that this checkpoint "
+                      "was trained with (their fingerprints differ): the seed was changed, or this code was")
     unflatten(checkpoint["trained"], trained)
     for name in ("running_mean", "running_var"):
         unflatten(checkpoint[name], running_statistics(model, name))
@@ -554,7 +555,7 @@ def train(args, device):
         return
     for path in (args.out, args.out.with_suffix(".json")):
         if path.exists() and not args.resume:
-            raise Problem(f"{path} exists: add --resume to go on with that run, or choose another --out, or delete it", 2)
+            raise Problem(f"{path} exists: add --resume to go on with that run, choose another --out, or delete it", 2)
     try:   # now, because a folder that can't be written should not cost an epoch
         args.out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out.parent).close()
@@ -676,8 +677,8 @@ def show_record(records, epochs):
     left = round((epochs - r["epoch"]) * sum(record["seconds"] for record in records[-10:]) / len(records[-10:]))
     if sys.stdout.isatty():
         print("\r", end="")
-    print(f"{r['epoch']:3}/{epochs:<3} {r['train_loss']:11.4f} {r['train_accuracy']:8.2f} % {r['test_accuracy']:8.2f} % "
-          f"{r['lr']:7.4g} {r['seconds']:8.1f} {r['images_per_second']:9,.0f}  "
+    print(f"{r['epoch']:3}/{epochs:<3} {r['train_loss']:11.4f} {r['train_accuracy']:8.2f} % "
+          f"{r['test_accuracy']:8.2f} % {r['lr']:7.4g} {r['seconds']:8.1f} {r['images_per_second']:9,.0f}  "
           f"{left // 3600:3}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
 
 
@@ -736,20 +737,27 @@ def parse_args(argv=None):
     """The command line of train.py as (args, device); --amp auto and --out are replaced by what they stand for."""
     parser = Parser(description="Train a CIFAR-10 ResNet, or only its BatchNorm (arXiv 2003.00152). "
                                 "The defaults are the paper's recipe.")
-    parser.add_argument("--arch", default="resnet14", help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2 (%(default)s)")
+    parser.add_argument("--arch", default="resnet14",
+                        help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2 (%(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--train", choices=MODES, default="all", help="which parameters train, the rest stays random (%(default)s)")
+    what.add_argument("--train", choices=MODES, default="all",
+                      help="which parameters train, the rest stays random (%(default)s)")
     what.add_argument("--bn-only", dest="train", action="store_const", const="bn", default=argparse.SUPPRESS,
                       help="short for --train bn")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="synthetic needs no download (%(default)s)")
-    parser.add_argument("--data-dir", type=pathlib.Path, default=DATA_DIR, help="where CIFAR-10 is or will be put (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=160, help="the learning rate drops at 1/2 and at 3/4 of them (%(default)s)")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10",
+                        help="synthetic needs no download (%(default)s)")
+    parser.add_argument("--data-dir", type=pathlib.Path, default=DATA_DIR,
+                        help="where CIFAR-10 is or will be put (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=160,
+                        help="the learning rate drops at 1/2 and at 3/4 of them (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=128, help="images per step (%(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1, help="initial learning rate of SGD with momentum 0.9 (%(default)s)")
+    parser.add_argument("--lr", type=float, default=0.1,
+                        help="initial learning rate of SGD with momentum 0.9 (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty on whatever trains (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides initial values, data order and augmentation (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="decides initial values, data order and augmentation (%(default)s)")
     parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="auto",
-                        help="mixed precision; auto (the default): bf16 on CUDA, or fp16 if it has no bf16; off elsewhere")
+                        help="mixed precision; auto (the default): bf16 on CUDA (fp16 if it has none), off elsewhere")
     add_device_argument(parser)
     parser.add_argument("--out", type=pathlib.Path, help="the checkpoint, .pt (runs/<arch>-<train>-s<seed>.pt)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
