@@ -56,13 +56,15 @@ def print_table(rows):
 def add_to_record(path, checkpoint, rows):
     """Add a prune table to the record beside this checkpoint, if that is the record of this run and has none yet."""
     record_path = path.with_suffix(".json")
+    if not record_path.exists():
+        return
     try:
-        record = read_record(record_path) if record_path.exists() else {"prune": []}
+        record = read_record(record_path)
         same_run = all(record.get(name) == value for name, value in checkpoint["options"].items())
         if "prune" not in record and same_run and record["records"] == checkpoint["records"]:
             write_record(path, {**record, "prune": rows})
             print(f"added to {record_path}")
-    except Problem as problem:   # the table is printed; this was only for the record
+    except (Problem, OSError) as problem:   # the table is printed; this was only for the record
         print(f"not added to the record: {problem}")
 
 
@@ -76,7 +78,7 @@ def read_record(path):
                 and all(set(row) == columns and all(map(is_number, row.values())) for row in record.get("prune", []))
                 and isinstance(record["records"], list)):
             raise ValueError("an entry is of a wrong type")
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise Problem(f"{path} is not the record of a run ({error})") from None
     return record
 

@@ -308,12 +308,35 @@ def test_defaults_are_the_paper_recipe():
     assert args.out == pathlib.Path("runs/resnet866-bn-s0.pt")
 
 
+def test_amp_auto(monkeypatch):
+    def amp(device):
+        return train.parse_args(["--device", device])[0].amp
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert (amp("cuda"), amp("cpu"), amp("mps")) == ("bf16", "off", "off")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert amp("cuda") == "fp16"
+
+
+@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)])
+def test_convolutions_run_in_the_precision_of_amp(amp, dtype, synthetic):
+    model = models.build_model("resnet8", 0)
+    seen = []
+    model.stage2[0].conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    train.evaluate(model, synthetic[1][0][:10], synthetic[1][1][:10], amp)
+    assert seen == [dtype]
+
+
 def timeless(records):
     return [{name: r[name] for name in r if name not in ("seconds", "images_per_second")} for r in records]
 
 
-@pytest.mark.parametrize("mode", ["bn", "all", "random"])
-def test_resume_is_bit_for_bit(mode, small_data, monkeypatch, capsys):
+@pytest.mark.parametrize("mode, amp", [("bn", "off"), ("all", "off"), ("random", "off"), ("bn", "bf16"),
+                                       ("bn", "fp16")])
+def test_resume_is_bit_for_bit(mode, amp, small_data, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", [*SMALL, "--amp", amp])
     assert command(train, *SMALL, "--train", mode, "--out", "whole.pt") == 0
     steps, step = [], train.train_step
 
@@ -333,6 +356,7 @@ def test_resume_is_bit_for_bit(mode, small_data, monkeypatch, capsys):
     for name in train.FIELDS:
         if isinstance(whole[name], torch.Tensor):
             assert torch.equal(whole[name], parts[name]), name
+    assert whole["scaler"] == parts["scaler"] and bool(whole["scaler"]) == (amp == "fp16")
     assert timeless(whole["records"]) == timeless(parts["records"]) and len(whole["records"]) == 4
     log = [json.loads(line) for line in pathlib.Path("parts.jsonl").read_text().splitlines()]
     record = json.loads(pathlib.Path("parts.json").read_text())
@@ -375,9 +399,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    for broken in ("fsync", "replace"):
+    class FullFile(io.FileIO):   # takes a byte, then has no more room
+        def write(self, content):
+            super().write(content[:1])
+            full()
+
+    for where, broken, how in ((train, "open", FullFile), (os, "fsync", full), (os, "replace", full)):
         with monkeypatch.context() as patch:
-            patch.setattr(os, broken, full)
+            patch.setattr(where, broken, how, raising=False)
             with pytest.raises(train.Problem, match="No space left on device.*still there"):
                 train.write_atomically(path, b"new")
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
@@ -386,19 +415,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(checkpoint, capsys, monkeypatch):
-    fsync, calls = os.fsync, []
+    replace, checkpoints = os.replace, []
 
-    def full(descriptor):
-        calls.append(1)
-        if len(calls) >= 6:   # log and checkpoint take two calls each, for file and folder: in epoch 2
+    def full(source, target):
+        checkpoints.extend([target.read_bytes() if target.exists() else None] if target.suffix == ".pt" else [])
+        if len(checkpoints) == 2:   # the one of epoch 2
             raise OSError(28, "No space left on device")
-        fsync(descriptor)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "replace", full)
         assert command(train, *SMALL, "--bn-only", "--out", "b.pt") == 1
     err = capsys.readouterr().err
-    assert "b.jsonl can't be written (No space left on device)" in err and err.count("\n") == 1
+    assert "b.pt can't be written (No space left on device); what it held before is still there" in err
+    assert err.count("\n") == 1 and pathlib.Path("b.pt").read_bytes() == checkpoints[1]
     assert train.load_checkpoint(pathlib.Path("b.pt"))["epoch"] == 1 and not list(pathlib.Path().glob("*.tmp"))
     assert command(train, *SMALL, "--bn-only", "--out", "b.pt", "--resume") == 0
     assert torch.equal(torch.load("b.pt")["trained"], checkpoint["trained"])
@@ -557,7 +587,8 @@ def test_accuracy_tables(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes", [{"test_accuracy": "high"}, {"prune": [{"x": 1}]}, {"arch": "resnet15"},
-                                     {"seed": None}, {"records": 3}])
+                                     {"seed": None}, {"records": 3},
+                                     {"test_accuracy": 10 ** 400}])
 def test_bad_records(changes, tmp_path, capsys):
     fake_record(tmp_path, "bad.json", **{"test_accuracy": 48.0, **changes})
     assert command(analyze, "--results", tmp_path) == 1
@@ -763,10 +794,13 @@ def mutations(checkpoint, content):
                         "running_var": torch.ones(features), "trained": torch.zeros(2 * features),
                         "momentum": torch.zeros(2 * features)}
     yield checkpoint | {"extra": Bomb()}
-    # {t: 0} with t = (u, u), u = (v, v), ... 60 times: to hash it takes 2^60 steps
-    tuples = b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60))
-    bomb = b"\x80\x02)q\x000" + tuples + b"}h\x3cK\x00s."
-    yield rezip(content, "data.pkl", lambda data: bomb)
+    yield pickle.dumps(Bomb(), protocol=2) + content   # zip readers look at the end, torch.load at the beginning
+    # [t, u, v, ..., {z: 0}] with u = (t, t), v = (u, u), ... 60 times: to hash z takes 2^60 steps. And the same with
+    # every tuple kept twice.
+    for keep in (b"q%c", b"q\xffq%c"):
+        tuples = b"".join(b"h%ch%c\x86" % (i, i) + keep % (i + 1) for i in range(60))
+        bomb = b"\x80\x02](" + b")q\x00" + tuples + b"}h\x3cK\x00s" + b"e."
+        yield rezip(content, "data.pkl", lambda data: bomb)
 
 
 class Bomb:
@@ -921,7 +955,7 @@ def start_child(pause, epochs, out):
     """A training run in a process of its own on the images in data.pt, with every fsync and rename slowed down."""
     words = [*SMALL, "--bn-only", "--epochs", epochs, "--out", out, "--resume"]
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", CHILD, *map(str, [pause, *words])], env=environment, text=True,
+    return subprocess.Popen([sys.executable, "-u", "-c", CHILD, *map(str, [pause, *words])], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -286,16 +286,18 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":   # where a rename lasts only once its folder is on the disk, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except OSError as error:
         kept = "; what it held before is still there" if path.exists() else ""
         raise Problem(f"{path} can't be written ({error.strerror}){kept}") from error
     finally:
         with contextlib.suppress(OSError):   # usually it is gone
             temporary.unlink()
+    with contextlib.suppress(OSError):   # the new name lasts once the folder is on the disk, too; not all can do that
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def remove_leftovers(out):
@@ -335,14 +337,16 @@ def load_checkpoint(path):
         what = "is no file" if path.exists() else "no such checkpoint; train.py writes one after its first epoch"
         raise Problem(f"{path}: {what}")
     try:
-        # torch.load trusts the sizes that a file states and skips its checksums, so look at them first.
-        with zipfile.ZipFile(path) as archive:
+        # torch.load trusts the sizes that a file states and skips its checksums, and reads a file that does not begin
+        # like a zip file as a bare pickle, whatever follows. So look at all that first.
+        with open(path, "rb") as file, zipfile.ZipFile(path) as archive:
+            if file.read(4) != b"PK\x03\x04":
+                raise ValueError("no zip file")
             stated = sum(entry.file_size for entry in archive.infolist())
             if stated > path.stat().st_size or archive.testzip() is not None:
                 raise ValueError("sizes or checksums do not match")
-            for entry in archive.infolist():
-                if entry.filename.endswith(".pkl"):
-                    check_pickle(archive.read(entry))
+            [entry] = [entry for entry in archive.infolist() if entry.orig_filename.lower().endswith(".pkl")]
+            check_pickle(archive.read(entry))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_checkpoint(checkpoint, stated)
     except Problem as problem:
@@ -362,15 +366,15 @@ def check_pickle(content):
     holds one tuple twice, that holds one tuple twice, ...
     """
     allowed = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage", "collections OrderedDict"}
-    previous, tuples = "", set()   # where the pickle keeps its tuples
+    previous, readable = "", set()   # where the pickle keeps what it may use twice: strings and globals
     for opcode, argument, _ in pickletools.genops(content):
         if "GLOBAL" in opcode.name and argument not in allowed:
             raise ValueError(f"it holds {argument or 'an object'}")
-        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and "TUPLE" in previous:
-            tuples.add(int(argument))
-        reads = opcode.name in ("BINGET", "LONG_BINGET", "GET")
-        if reads and int(argument) in tuples or opcode.name in ("DUP", "MEMOIZE"):
-            raise ValueError("it holds one tuple in two places")
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            (readable.add if previous in ("BINUNICODE", "GLOBAL") else readable.discard)(argument)
+        elif opcode.name in ("BINGET", "LONG_BINGET") and argument not in readable or \
+                opcode.name in ("PUT", "GET", "DUP", "MEMOIZE"):
+            raise ValueError("it holds one object in two places")
         previous = opcode.name
 
 
@@ -423,8 +427,8 @@ def check_checkpoint(checkpoint, size):
 
 
 def is_number(value):
-    """Whether this is a finite int or float, and nothing that merely converts to one."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether this is a finite float, or an int that fits into one, and nothing that merely converts to it."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def restore_model(checkpoint, path):
@@ -553,7 +557,7 @@ def train(args, device):
     if len(records) == args.epochs:
         print(f"{args.out} is finished: epoch {args.epochs}, test accuracy {records[-1]['test_accuracy']:.2f} %")
         return
-    for path in (args.out, args.out.with_suffix(".json")):
+    for path in (args.out, args.out.with_suffix(".jsonl"), args.out.with_suffix(".json")):
         if path.exists() and not args.resume:
             raise Problem(f"{path} exists: add --resume to go on with that run, choose another --out, or delete it", 2)
     try:   # now, because a folder that can't be written should not cost an epoch
@@ -664,8 +668,8 @@ def show_progress(epoch, epochs, step, steps, n, began):
     now = time.perf_counter()
     if sys.stdout.isatty() and now - show_progress.shown > 0.25:
         show_progress.shown = now
-        print(f"\r{epoch:3}/{epochs}  step {step}/{steps}  {step * n / steps / (now - began):,.0f} images/s ",
-              end="", flush=True)
+        print(f"\r{epoch:3}/{epochs}  step {step}/{steps}  {step * n / steps / (now - began):,.0f} images/s\x1b[K",
+              end="", flush=True)   # \x1b[K: clear the rest of the line
 
 
 show_progress.shown = -math.inf
