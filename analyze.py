@@ -39,7 +39,8 @@ def print_table(title, header, rows, markdown):
              for row in rows]
     if markdown:
         rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(width)]
-        lines = [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        lines = [f"| {' | '.join(line)} |" for line in (escaped[0], rule, *escaped[1:])]
         print(f"**{title}**\n", *lines, "", sep="\n")
     else:
         rule = ["-" * w for w in width]
