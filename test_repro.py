@@ -48,7 +48,7 @@ COUNTS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def synthetic():
     return train.synthetic_data(0)
 
