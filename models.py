@@ -28,10 +28,10 @@ class Block(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.relu2 = nn.ReLU(inplace=True)
+        self.relu2 = nn.ReLU()
         self.shortcut = nn.Identity()
         if stride == 2:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
@@ -51,7 +51,7 @@ class ResNet(nn.Module):
         n, c = (depth - 2) // 6, 16 * width
         self.conv = nn.Conv2d(3, c, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(c)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()
         self.stage1 = nn.Sequential(*[Block(c, c, 1) for _ in range(n)])
         self.stage2 = nn.Sequential(Block(c, 2 * c, 2), *[Block(2 * c, 2 * c, 1) for _ in range(n - 1)])
         self.stage3 = nn.Sequential(Block(2 * c, 4 * c, 2), *[Block(4 * c, 4 * c, 1) for _ in range(n - 1)])

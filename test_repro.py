@@ -2,6 +2,7 @@
 
 Where CIFAR10_DIR names a folder that holds cifar-10-batches-py, the tests that need real images run too.
 """
+import contextlib
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import analyze
 import models
@@ -328,6 +330,107 @@ def test_convolutions_run_in_the_precision_of_amp(amp, dtype, synthetic):
     train.evaluate(model, synthetic[1][0][:10], synthetic[1][1][:10], amp)
     assert seen == [dtype]
 
+
+# -------------------------------------------------------------------------------------------------------- speed
+
+def losses_of(arch, mode, images, labels, sizes, plain=False, compiled=False):
+    """The losses of steps of the given sizes in float64, on the plain or the fast path."""
+    args = train.parse_args(["--arch", arch, "--train", mode, "--batch-size", "16", "--device", "cpu"])[0]
+    model = models.build_model(arch, 0).double()
+    train.freeze(model, mode, 0)
+    if compiled:   # as on CUDA, where the kernels are made by Inductor, too
+        train.speed_up(model, torch.device("cuda"), "off")
+    step, epoch, optimizer, _ = train.prepare(args, torch.device("cpu"), model, images, labels, plain)
+    train.begin_epoch(epoch, optimizer, 0.1, torch.Generator().manual_seed(0))
+    model.train()
+    for size in sizes:
+        step(size)
+    return epoch["losses"]
+
+
+@pytest.mark.parametrize("mode", ["bn", "all", "random"])
+def test_fast_and_plain_path_agree(mode, synthetic):
+    """The losses of 20 steps in float64, the last of a smaller batch."""
+    images, labels = (part[:19 * 16 + 7] for part in synthetic[0])
+    sizes = [16] * 19 + [7]
+    fast, plain = (losses_of("resnet14", mode, images, labels, sizes, path) for path in (False, True))
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-9)
+    assert 1 < plain.min() and plain.std() > 0.01
+
+
+def test_compiled_blocks_agree_in_few_compilations(synthetic, monkeypatch):
+    """Compiling costs five versions of the block, however deep the network is, and changes nothing."""
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)   # Inductor's decompositions, no code
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile(*args, backend=backend, **kwargs))
+    images, labels = (part[:48] for part in synthetic[0])
+    for arch in ("resnet14", "resnet26"):
+        torch._dynamo.reset()
+        compilations.clear()
+        fast = losses_of(arch, "bn", images, labels, [16] * 3, compiled=True)
+        assert len(compilations) == 5   # identity shortcuts in three stages, projections in two
+        torch.testing.assert_close(fast, losses_of(arch, "bn", images, labels, [16] * 3, True), rtol=0, atol=1e-9)
+
+
+def test_a_step_never_waits_for_the_device(synthetic):
+    """What would make the host wait for a GPU, and what a CUDA graph can't hold: reading a number, a size from data."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    args = train.parse_args(["--arch", "resnet8", "--bn-only", "--batch-size", "16", "--device", "cpu"])[0]
+    model = models.build_model("resnet8", 0)
+    train.freeze(model, "bn", 0)
+    step = train.prepare(args, torch.device("cpu"), model, *synthetic[0], False)[0]
+    seen = []
+    with Watch():
+        step(16)
+    assert "aten::convolution" in seen and "aten::_fused_sgd_" in seen
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"} & set(seen)
+
+
+def test_a_step_is_captured_after_three_and_then_replayed(monkeypatch):
+    """The order of what happens on CUDA, which this machine may not have: sizes 4 are whole batches, 3 is the last."""
+    happened = []
+
+    class Graph:
+        def replay(self):
+            happened.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        happened.append("begin")
+        yield
+        happened.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    step = train.replayed(happened.append, 4, torch.device("cpu"))
+    for size in (4, 4, 3, 4, 4, 4, 3, 4):
+        step(size)
+    assert happened == [4, 4, 3, 4, "begin", 4, "end", "replay", "replay", 3, "replay"]
+
+
+def test_a_fast_path_that_fails_points_to_the_plain_one():
+    def fails(size):
+        raise RuntimeError(errors.pop())
+
+    errors = ["CUDA out of memory. Tried to allocate 2 GiB", "Failed to find a C compiler"]
+    step = train.replayed(fails, 4, torch.device("cpu"))
+    with pytest.raises(train.Problem, match="C compiler.*--plain"):
+        step(4)
+    with pytest.raises(RuntimeError, match="out of memory"):   # which train.run explains
+        step(4)
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
 
 def timeless(records):
     return [{name: r[name] for name in r if name not in ("seconds", "images_per_second")} for r in records]

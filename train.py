@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from models import (batchnorms, build_model, count_features, empty_model, fingerprint, parameter_counts, parse_arch,
-                    part_of, same_fingerprint)
+from models import (Block, batchnorms, build_model, count_features, empty_model, fingerprint, parameter_counts,
+                    parse_arch, part_of, same_fingerprint)
 
 
 class Problem(Exception):
@@ -137,8 +137,11 @@ def synthetic_data(seed):
     return split(50_000), split(10_000)
 
 
+CHANCE = ("order", "offset", "flip")   # what is random in an epoch
+
+
 def draw_augmentation(n, generator):
-    """One epoch's chance: the order of the n images, a crop offset in 0 .. 8 (y, x) and a flip for each batch slot.
+    """One epoch's CHANCE: the order of the n images, a crop offset in 0 .. 8 (y, x) and a flip for each batch slot.
 
     Drawn on the CPU whatever the device, so that the same seed gives the same batches everywhere.
     """
@@ -499,6 +502,112 @@ def evaluate(model, images, labels, amp):
     return 100 * correct.item() / len(images)
 
 
+# -------------------------------------------------------------------------------------------------------- speed
+
+def speed_up(model, device, amp):
+    """Make a network on this device train faster, in place, with the same results up to round-off."""
+    model.to(memory_format=torch.channels_last)         # the layout that the kernels of convolutions are written for
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True                       # nothing needs the features before a ReLU again
+        elif isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None           # one kernel a layer for a number that nothing reads
+        elif isinstance(module, (nn.Conv2d, nn.Linear)) and amp != "off":
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:         # autocast would cast it anew in every step
+                    parameter.data = parameter.data.to(AMP_DTYPES[amp])
+        elif isinstance(module, Block) and device.type == "cuda":
+            module.compile(dynamic=False)               # five versions for a network of any depth; twice slower on CPUs
+
+
+def eagerly(device):
+    """A context in which blocks run as they stand, not compiled: a shape for a few steps is not worth a compilation."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cuda" else contextlib.nullcontext()
+
+
+def replayed(step, size, device):
+    """The function step(size) as a CUDA graph: one launch for the whole step, where the host would launch thousands.
+
+    The first three calls run as they are, because what they compile and allocate can't be captured. Then the step is
+    captured, which runs nothing, and replayed ever after. Calls with another size always run as they are. Raises
+    Problem if this machine can't compile or capture.
+    """
+    calls, graph = 0, None
+
+    def call(actual):
+        nonlocal calls, graph
+        if actual != size:
+            with eagerly(device):
+                return step(actual)
+        try:
+            if calls == 3:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                    step(size)
+            calls += 1
+            graph.replay() if graph else step(size)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise Problem(f"the fast path fails here ({str(error).strip():.300}): try --plain") from error
+
+    return call
+
+
+def prepare(args, device, model, images, labels, plain):
+    """Bring a network and its training set, images (N, 32, 32, 3) and labels (N,), to the device, ready to train.
+
+    Returns (step, epoch, optimizer, scaler). step(size) is one step of SGD on the next `size` images of `epoch`, a dict
+    of tensors that lie in the same place for the whole run, as a CUDA graph needs it:
+        order, offset, flip: the epoch's chance, see draw_augmentation     losses: of each step so far
+        done: (1,), the number of steps so far                             correct: predictions so far
+    """
+    graph = device.type == "cuda" and not plain
+    if graph:
+        torch.cuda.set_stream(torch.cuda.Stream())      # the default stream can't be captured
+    padded = F.pad(images, (0, 0, 4, 4, 4, 4)).to(device)               # (N, 40, 40, 3) uint8 with a black border
+    labels = labels.to(device)
+    model.to(device)
+    if not plain:
+        speed_up(model, device, args.amp)
+    trained = trained_parameters(model)
+    lr = torch.tensor(args.lr, device=device) if graph else args.lr     # what a graph is to see anew must be a tensor
+    optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=args.weight_decay, fused=not plain)
+    for parameter in trained:   # zero is where SGD starts: 0.9 * 0 + gradient
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    epoch = {name: values.to(device) for name, values in zip(CHANCE, draw_augmentation(len(images), torch.Generator()))}
+    epoch["losses"] = torch.zeros(math.ceil(len(images) / args.batch_size), dtype=trained[0].dtype, device=device)
+    epoch["done"] = torch.zeros(1, dtype=torch.int64, device=device)
+    epoch["correct"] = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(size):   # no operation in here waits for the device, the position in the epoch is read there, too
+        slots = epoch["done"] * args.batch_size + torch.arange(size, device=device)
+        index = epoch["order"][slots]
+        batch = normalize(augment(padded, index, epoch["offset"][slots], epoch["flip"][slots]), trained[0].dtype)
+        if plain:
+            batch = batch.contiguous()
+        loss, hits = train_step(model, optimizer, scaler, batch, labels[index], args.amp)
+        epoch["losses"].index_copy_(0, epoch["done"], loss[None])
+        epoch["correct"] += hits
+        epoch["done"] += 1
+
+    return (replayed(step, args.batch_size, device) if graph else step), epoch, optimizer, scaler
+
+
+def begin_epoch(epoch, optimizer, lr, generator):
+    """Draw an epoch's chance, set its learning rate and start its sums from zero."""
+    for name, values in zip(CHANCE, draw_augmentation(len(epoch["order"]), generator)):
+        epoch[name].copy_(values)
+    for name in ("losses", "done", "correct"):
+        epoch[name].zero_()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 # ----------------------------------------------------------------------------------------------------- training
 
 RECORD = ("epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second")
@@ -571,27 +680,21 @@ def train(args, device):
     n = len(train_data[0])
     if args.batch_size > n:
         raise Problem(f"--batch-size {args.batch_size} is more than the {n} training images", 2)
-    padded = F.pad(train_data[0], (0, 0, 4, 4, 4, 4)).to(device)     # (n, 40, 40, 3) uint8 with a black border
-    train_labels, test_images, test_labels = (tensor.to(device) for tensor in (train_data[1], *test_data))
 
     model = restore_model(checkpoint, args.out) if checkpoint else build_model(args.arch, args.seed)
     if not checkpoint:
         freeze(model, args.train, args.seed)
     frozen_fingerprint = fingerprint(frozen_parameters(model))
-    # channels_last: 1.4 times the images per second of the contiguous layout on a CPU (resnet14, BN-only, fp32).
-    model.to(device, memory_format=torch.channels_last)
-    trained = trained_parameters(model)
     counts = parameter_counts(empty_model(args.arch))
     count = count_trained(args.arch, args.train)
-    facts = {**options, "parameters": {**counts, "trained": count}, "commit": commit(), "hardware": hardware(device),
-             "torch": torch.__version__}   # now, whatever is edited while it runs; after a resume, the last part's
+    facts = {**options, "plain": args.plain, "parameters": {**counts, "trained": count}, "commit": commit(),
+             "hardware": hardware(device), "torch": torch.__version__}   # now, whatever is edited while it runs
     print(f"{args.arch}: {count:,} of {counts['all']:,} parameters train ({100 * count / counts['all']:.2f} %)")
 
-    optimizer = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    for parameter in trained:   # zero is where SGD starts: 0.9 * 0 + gradient
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    step, epoch_state, optimizer, scaler = prepare(args, device, model, *train_data, args.plain)
+    test_images, test_labels = (tensor.to(device) for tensor in test_data)
+    trained = trained_parameters(model)
     momentum = [optimizer.state[parameter]["momentum_buffer"] for parameter in trained]
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     generator = torch.Generator().manual_seed(args.seed)
     if checkpoint:
         unflatten(checkpoint["momentum"].to(device), momentum)
@@ -600,24 +703,17 @@ def train(args, device):
         print(f"going on after epoch {len(records)} of {args.out}")
 
     starts = range(0, n, args.batch_size)   # the last batch of an epoch is a smaller one, as in OpenLTH
-    sizes = torch.tensor([min(args.batch_size, n - start) for start in starts])
+    sizes = [min(args.batch_size, n - start) for start in starts]
     print("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
     for epoch in range(len(records), args.epochs):
         began = time.perf_counter()
         lr = learning_rate(args.lr, epoch, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        order, offset, flip = (tensor.to(device) for tensor in draw_augmentation(n, generator))
-        losses = torch.zeros(len(starts), device=device)   # read only once an epoch: nothing waits for the GPU
-        correct = torch.zeros((), dtype=torch.int64, device=device)
+        begin_epoch(epoch_state, optimizer, lr, generator)
         model.train()
-        for step, start in enumerate(starts):
-            batch = slice(start, start + args.batch_size)
-            images = normalize(augment(padded, order[batch], offset[batch], flip[batch]))
-            losses[step], hits = train_step(model, optimizer, scaler, images, train_labels[order[batch]], args.amp)
-            correct += hits
-            show_progress(epoch + 1, args.epochs, step + 1, len(starts), n, began)
-        losses = losses.cpu()
+        for number, size in enumerate(sizes, 1):
+            step(size)
+            show_progress(epoch + 1, args.epochs, number, len(sizes), n, began)
+        losses = epoch_state["losses"].cpu()   # read only once an epoch: nothing else waits for the device
         train_seconds = time.perf_counter() - began
 
         vectors = {
@@ -628,17 +724,19 @@ def train(args, device):
         finite = losses.isfinite()
         finite[-1] &= all(vector.isfinite().all() for vector in vectors.values())
         if not finite.all():
-            step = finite.logical_not().nonzero()[0].item()
-            what = "parameters not finite after" if losses[step].isfinite() else f"loss {losses[step]:g} at"
+            first = finite.logical_not().nonzero()[0].item()
+            what = "parameters not finite after" if losses[first].isfinite() else f"loss {losses[first]:g} at"
             kept = f"{args.out} holds the network after epoch {epoch}" if epoch else "no epoch was completed"
-            raise Problem(f"training diverged: {what} step {step + 1} of epoch {epoch + 1}; {kept}; "
+            raise Problem(f"training diverged: {what} step {first + 1} of epoch {epoch + 1}; {kept}; "
                           f"try a lower --lr{'' if args.amp == 'off' else ', or --amp off'}")
 
+        with eagerly(device):
+            test_accuracy = evaluate(model, test_images, test_labels, args.amp)
         records.append({
             "epoch": epoch + 1,
-            "train_loss": (losses.double() * sizes).sum().item() / n,
-            "train_accuracy": 100 * correct.item() / n,
-            "test_accuracy": evaluate(model, test_images, test_labels, args.amp),
+            "train_loss": (losses.double() * torch.tensor(sizes)).sum().item() / n,
+            "train_accuracy": 100 * epoch_state["correct"].item() / n,
+            "test_accuracy": test_accuracy,
             "lr": lr,
             "seconds": round(time.perf_counter() - began, 3),
             "images_per_second": round(n / train_seconds, 1),
@@ -762,6 +860,8 @@ def parse_args(argv=None):
                         help="decides initial values, data order and augmentation (%(default)s)")
     parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="auto",
                         help="mixed precision; auto (the default): bf16 on CUDA (fp16 if it has none), off elsewhere")
+    parser.add_argument("--plain", action="store_true",
+                        help="the reference path: contiguous, eager, nothing that makes it faster")
     add_device_argument(parser)
     parser.add_argument("--out", type=pathlib.Path, help="the checkpoint, .pt (runs/<arch>-<train>-s<seed>.pt)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
@@ -797,6 +897,12 @@ def choose_device(name):
     return torch.device(name)
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that memory did not suffice, in one of PyTorch's ways to say it on any device."""
+    ways = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(way in str(error) for way in ways)
+
+
 def run(main, relief="--device cpu"):
     """Call main(), and turn what goes wrong outside the code's power into one line on stderr and an exit status.
 
@@ -809,9 +915,8 @@ def run(main, relief="--device cpu"):
         text, status = str(problem), problem.status
     except KeyboardInterrupt:
         text, status = "stopped", 1
-    except (MemoryError, RuntimeError) as error:   # RuntimeError: PyTorch's own ways to say it, on any device
-        ways = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not any(way in str(error) for way in ways):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         text, status = f"out of memory ({Problem(str(error))!s:.160}): try {relief}", 1
     except OSError as error:
