@@ -430,6 +430,43 @@ def test_a_fast_path_that_fails_points_to_the_plain_one():
         step(4)
 
 
+def test_work_of_a_step():
+    """resnet14, counted by hand: 13 times the features; 2 c_in c_out k^2 operations a pixel for a convolution."""
+    stem, stage1, stage2, stage3 = 16 * 1024, 4 * 16 * 1024, 5 * 32 * 256, 5 * 64 * 64   # features that an image has
+    moved, operations = train.work_of_a_step("resnet14", 128, "bf16")
+    assert moved == 13 * 2 * 128 * (stem + stage1 + stage2 + stage3)
+    forward = 4 * 16 * 16 * 9 * 1024 + (16 * 32 * 9 + 3 * 32 * 32 * 9 + 16 * 32) * 256 \
+        + (32 * 64 * 9 + 3 * 64 * 64 * 9 + 32 * 64) * 64 + 640   # the stem needs no input gradient, so it counts once
+    assert operations == 2 * 128 * (2 * forward + 3 * 16 * 9 * 1024)
+
+
+def test_benchmark(capsys, monkeypatch):
+    """Its arithmetic, for a step of 0.1 s on the fast path and 0.3 s on the plain one, an evaluation of 2 s, a copy of
+    1 s and a matrix product of 1 s.
+    """
+    evaluations = []
+
+    def seconds(function, *arguments, device):
+        if function is train.evaluate:
+            evaluations.append(arguments)
+            return 2.0
+        if function is torch.mm or function.__name__ == "copy_":
+            return 1.0
+        return 0.3 if evaluations else 0.1
+
+    monkeypatch.setattr(train, "seconds", seconds)
+    words = ["--arch", "resnet8", "--bn-only", "--batch-size", "8", "--device", "cpu", "--benchmark", "2", "--plain"]
+    assert command(train, *words) == 0
+    fast, plain, ratio, floor = capsys.readouterr().out.splitlines()[-4:]
+    assert fast.startswith("fast    100.00 (100.00 to 100.00)       80 ") and plain.startswith("plain   300.00 (300")
+    assert fast.endswith(" 27:52:00") and plain.endswith(" 83:25:20")   # 160 (6,250 steps + 2 s)
+    assert ratio == "fast is 3.00 times as fast as plain"
+    moved, operations = train.work_of_a_step("resnet8", 8, "off")
+    bandwidth, speed = 2 * 2 ** 28, 2 * 2048 ** 3   # 256 MiB are read and written
+    assert f"take {1e3 * moved / bandwidth:.1f} ms" in floor and f"product) {1e3 * operations / speed:.1f} ms" in floor
+    assert floor.endswith(f" takes {0.1 / (moved / bandwidth + operations / speed):.1f} times their sum")
+
+
 # -------------------------------------------------------------------------------------------------- checkpoints
 
 def timeless(records):

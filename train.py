@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import (Block, batchnorms, build_model, count_features, empty_model, fingerprint, parameter_counts,
                     parse_arch, part_of, same_fingerprint)
@@ -759,6 +760,111 @@ def train(args, device):
     print(" ", shlex.join(["python", "analyze.py", str(args.out)]))
 
 
+# ---------------------------------------------------------------------------------------------------- benchmark
+
+def benchmark(args, device):
+    """Time args.benchmark steps on random images and print what they say of a whole run; with --plain of both paths."""
+    images, labels = torch.randint(0, 256, (50_000, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (50_000,))
+    steps = math.ceil(len(images) / args.batch_size)
+    if steps < 2:
+        raise Problem(f"--benchmark needs a --batch-size below {len(images)}", 2)
+    test_images, test_labels = images[:10_000].to(device), labels[:10_000].to(device)
+    print(f"{args.arch} --train {args.train} --batch-size {args.batch_size} --amp {args.amp}, {hardware(device)}, "
+          f"torch {torch.__version__}\n{args.benchmark} steps after a warm-up; a whole run is {args.epochs} epochs of "
+          f"{steps} steps and one evaluation\n\n"
+          "path   ms/step (10 % to 90 %)     images/s  peak memory   warm-up  evaluation  whole run")
+    medians = []
+    for plain in (False, True) if args.plain else (False,):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model = build_model(args.arch, args.seed)
+        freeze(model, args.train, args.seed)
+        began = time.perf_counter()
+        step, epoch, optimizer, _ = prepare(args, device, model, images, labels, plain)
+        begin_epoch(epoch, optimizer, args.lr, torch.Generator().manual_seed(args.seed))
+        model.train()
+        times = []
+        for number in range(WARM_UP + args.benchmark):
+            if number == WARM_UP:
+                warm_up = time.perf_counter() - began   # compilation and capture are in here
+            epoch["done"].remainder_(steps - 1)         # stays off the epoch's smaller last batch
+            times.append(seconds(step, args.batch_size, device=device))
+        low, median, high = np.percentile(times[WARM_UP:], [10, 50, 90])
+        medians.append(median)
+        with eagerly(device):
+            evaluate(model, test_images[:1000], test_labels[:1000], args.amp)
+            evaluation = seconds(evaluate, model, test_images, test_labels, args.amp, device=device)
+        whole = round(args.epochs * (steps * median + evaluation))
+        print(f"{'plain' if plain else 'fast':5} {1e3 * median:8.2f} ({1e3 * low:.2f} to {1e3 * high:.2f})".ljust(33),
+              f"{args.batch_size / median:8,.0f} {peak_memory(device) / 1e9:9.2f} GB {warm_up:7.1f} s "
+              f"{evaluation:9.2f} s {whole // 3600:4}:{whole // 60 % 60:02}:{whole % 60:02}", flush=True)
+        del model, step, epoch, optimizer
+    if args.plain:
+        print(f"fast is {medians[1] / medians[0]:.2f} times as fast as plain")
+    if args.train == "bn":
+        print_floor(args, device, medians[0])
+
+
+WARM_UP = 5   # steps; a CUDA graph is captured before the fourth
+
+
+def seconds(function, *arguments, device):
+    """How long a call takes, until the device is done with it."""
+    began = time.perf_counter()
+    function(*arguments)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_memory(device):
+    """The most bytes of memory so far: that PyTorch held on a CUDA device, or that the process held elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
+    try:
+        import resource
+    except ImportError:   # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def work_of_a_step(arch, batch_size, amp):
+    """(bytes moved, floating-point operations) of one BN-only step: the fewest, unless a kernel spans convolutions.
+
+    Bytes: 13 times the features that convolutions write. Forward 5.5: the convolution reads and writes, the batch
+    statistics read, then one kernel normalises, adds and clips, which reads and writes, and reads a shortcut in every
+    other layer. Backward 7.5: the sums for gamma and beta read gradients and features, the gradient of the features
+    reads both and writes, the convolution reads and writes, and every other layer adds a shortcut's gradient.
+    Operations: those of the convolutions and of their input gradients, for BN-only needs no weight gradients.
+    """
+    model = empty_model(arch)
+    freeze(model, "bn", 0)
+    features = []
+    for _, bn in batchnorms(model):
+        bn.register_forward_hook(lambda module, inputs, output: features.append(output.numel()))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(batch_size, 3, 32, 32, device="meta")).sum().backward()
+    return 13 * sum(features) * AMP_DTYPES[amp].itemsize, counter.get_total_flops()
+
+
+def print_floor(args, device, step):
+    """Print how long a BN-only step must take at the measured speeds of a copy and of a matrix product here."""
+    dtype = AMP_DTYPES[args.amp]
+    source = torch.ones(2 ** (30 if device.type == "cuda" else 28) // dtype.itemsize, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    copy = min(seconds(target.copy_, source, device=device) for _ in range(10))
+    product = min(seconds(torch.mm, matrix, matrix, device=device) for _ in range(10))
+    bandwidth, speed = 2 * source.nbytes / copy, 2 * side ** 3 / product
+    moved, operations = work_of_a_step(args.arch, args.batch_size, args.amp)
+    print(f"floor: {moved / 1e9:.2f} GB at {bandwidth / 1e9:,.0f} GB/s (measured, a copy) take "
+          f"{1e3 * moved / bandwidth:.1f} ms, {operations / 1e9:,.0f} GFLOP at {speed / 1e9:,.0f} GFLOP/s (measured, a "
+          f"matrix product) {1e3 * operations / speed:.1f} ms; the step takes "
+          f"{step / (moved / bandwidth + operations / speed):.1f} times their sum")
+
+
 # ------------------------------------------------------------------------------------------------------- output
 
 def show_progress(epoch, epochs, step, steps, n, began):
@@ -862,6 +968,9 @@ def parse_args(argv=None):
                         help="mixed precision; auto (the default): bf16 on CUDA (fp16 if it has none), off elsewhere")
     parser.add_argument("--plain", action="store_true",
                         help="the reference path: contiguous, eager, nothing that makes it faster")
+    parser.add_argument("--benchmark", type=int, nargs="?", const=50, metavar="N",
+                        help="train nothing, but time N steps (%(const)s) and say how long a run takes; with --plain, "
+                             "compare both paths")
     add_device_argument(parser)
     parser.add_argument("--out", type=pathlib.Path, help="the checkpoint, .pt (runs/<arch>-<train>-s<seed>.pt)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
@@ -877,6 +986,8 @@ def parse_args(argv=None):
         check_recipe(vars(args))
     except ValueError as error:
         parser.error(str(error))
+    if args.benchmark is not None and args.benchmark < 1:
+        parser.error(f"--benchmark {args.benchmark}: must be at least 1")
     if args.out.suffix != ".pt":
         parser.error(f"--out {args.out}: the name of a checkpoint ends in .pt")
     return args, device
@@ -929,6 +1040,8 @@ def run(main, relief="--device cpu"):
 
 def main():
     args, device = parse_args()
+    if args.benchmark:
+        return benchmark(args, device)
     try:
         train(args, device)
     except KeyboardInterrupt:
