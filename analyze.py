@@ -85,6 +85,11 @@ def mean_and_std(values):
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (n={len(values)})"
 
 
+def short(commit):
+    """The first digits of a commit, and "-dirty" where a file differed from it; "-" for None."""
+    return commit[:7] + commit[40:] if commit else "-"
+
+
 def print_results(folder, markdown):
     """Print the table of networks and every table of accuracies that the paper's claims are about."""
     print_table("Networks and their trainable parameters",
@@ -127,6 +132,12 @@ def print_results(folder, markdown):
     print_table("Gammas set to zero after BN-only training",
                 ["network", "seed", "|gamma| <", "zeroed (%)", "accuracy (%)", "change (points)"],
                 rows or [["-"] * 6], markdown)
+    print_table("Runs, each of them: python train.py and",
+                ["options", "precision", "test accuracy (%)", "hours", "hardware", "torch", "code"],
+                [[f"--arch {record['arch']} --train {record['train']} --seed {record['seed']}",
+                  "fp32" if record["amp"] == "off" else record["amp"], f"{record['test_accuracy']:.2f}",
+                  f"{record['seconds'] / 3600:.1f}", record["hardware"], record["torch"],
+                  short(record["commit"])] for record in records.values()] or [["-"] * 7], markdown)
     if left_out:
         print("Left out:", *left_out, sep="\n  ")
 

@@ -76,7 +76,9 @@ def read_record(path):
         columns = {"threshold", "pruned", "test_accuracy", "change"}
         if not (all(type(record[name]) is RECIPE[name] for name in RECIPE) and is_number(record["test_accuracy"])
                 and all(set(row) == columns and all(map(is_number, row.values())) for row in record.get("prune", []))
-                and isinstance(record["records"], list)):
+                and isinstance(record["records"], list) and is_number(record["seconds"])
+                and all(type(record[name]) is str for name in ("hardware", "torch"))
+                and type(record["commit"]) in (str, type(None))):
             raise ValueError("an entry is of a wrong type")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise Problem(f"{path} is not the record of a run ({error})") from None

@@ -358,6 +358,22 @@ def test_fast_and_plain_path_agree(mode, synthetic):
     assert 1 < plain.min() and plain.std() > 0.01
 
 
+@pytest.mark.parametrize("mode", ["bn", "all", "random"])
+def test_only_frozen_weights_are_cast_and_no_result_changes(mode, synthetic):
+    """A frozen weight that is bf16 gives, bit for bit, what autocast makes of it in every step."""
+    fast, reference = models.build_model("resnet8", 0), models.build_model("resnet8", 0)
+    for model in (fast, reference):
+        train.freeze(model, mode, 0)
+        model.to(memory_format=torch.channels_last)
+    train.speed_up(fast, torch.device("cpu"), "bf16")
+    for name, parameter in fast.named_parameters():
+        frozen = mode != "all" and models.part_of(name) != "bn" and "parametrizations" not in name
+        assert parameter.dtype == (torch.bfloat16 if frozen else torch.float32), name
+    images = train.normalize(synthetic[0][0][:16])
+    with train.autocast(images.device, "bf16"):
+        assert torch.equal(fast(images), reference(images))
+
+
 def test_compiled_blocks_agree_in_few_compilations(synthetic, monkeypatch):
     """Compiling costs five versions of the block, however deep the network is, and changes nothing."""
     compilations = []
@@ -699,7 +715,8 @@ def test_firing_frequency(synthetic):
 
 def fake_record(folder, name, **changes):
     record = {"arch": "resnet14", "train": "bn", "dataset": "cifar10", "seed": 0, "epochs": 160, "batch_size": 128,
-              "lr": 0.1, "weight_decay": 1e-4, "amp": "off", "parameters": {}, "records": [], **changes}
+              "lr": 0.1, "weight_decay": 1e-4, "amp": "off", "parameters": {}, "records": [], "seconds": 5400.0,
+              "hardware": "Abacus", "torch": "2.11.0", "commit": "0123456789", **changes}
     (folder / name).write_text(json.dumps(record))
 
 
@@ -721,14 +738,15 @@ def test_accuracy_tables(tmp_path, capsys):
     assert ["resnet866", "64,736", "-", "83", "77.83", "-", "93"] in rows
     assert ["resnet56", "4,256", "-", "wrn14-4", "4,480", "50.00 (n=1)"] in rows
     assert ["random", "-", "-", "-", "-", "-", "-", "33.00 (n=1)", "-"] in rows
+    assert ["--arch wrn14-4 --train bn --seed 0", "fp32", "50.00", "1.5", "Abacus", "2.11.0", "0123456"] in rows
     assert "99.00" not in str(rows)
     left_out = [cell for row in rows for cell in row if ".json" in cell]
     assert [line.split()[0] for line in left_out] == ["short.json", "synthetic.json", "t0-again.json"]
 
 
 @pytest.mark.parametrize("changes", [{"test_accuracy": "high"}, {"prune": [{"x": 1}]}, {"arch": "resnet15"},
-                                     {"seed": None}, {"records": 3},
-                                     {"test_accuracy": 10 ** 400}])
+                                     {"seed": None}, {"records": 3}, {"hardware": None},
+                                     {"seconds": "long"}, {"commit": 1}, {"test_accuracy": 10 ** 400}])
 def test_bad_records(changes, tmp_path, capsys):
     fake_record(tmp_path, "bad.json", **{"test_accuracy": 48.0, **changes})
     assert command(analyze, "--results", tmp_path) == 1
@@ -990,6 +1008,17 @@ def test_errors_of_prune(words, says, checkpoint, capsys):
 # ------------------------------------------------------------------------------------------------------ results
 
 RESULTS = sorted((pathlib.Path(__file__).parent / "results").glob("*.json"))
+
+
+def test_tables_of_the_readme_are_those_of_analyze(capsys):
+    """All but the speed table, whose log is results/speed-cpu.txt."""
+    assert command(analyze, "--markdown") == 0
+    printed = capsys.readouterr().out.split("\n\n")
+    readme = (pathlib.Path(__file__).parent / "README.md").read_text().split("\n\n")
+    for title, table in zip(readme, readme[1:]):
+        if title.startswith("**") and table.startswith("|"):
+            assert title in printed and table == printed[printed.index(title) + 1], f"{title}: analyze.py --markdown"
+    assert sum(title in printed for title in readme) >= 4
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
