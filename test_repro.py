@@ -333,29 +333,29 @@ def test_convolutions_run_in_the_precision_of_amp(amp, dtype, synthetic):
 
 # -------------------------------------------------------------------------------------------------------- speed
 
-def losses_of(arch, mode, images, labels, sizes, plain=False, compiled=False):
-    """The losses of steps of the given sizes in float64, on the plain or the fast path."""
+def prepared(arch, mode, images, labels, plain=False, compiled=False):
+    """A network in float64, and its step and epoch of the plain or the fast path, in batches of 16."""
     args = train.parse_args(["--arch", arch, "--train", mode, "--batch-size", "16", "--device", "cpu"])[0]
     model = models.build_model(arch, 0).double()
     train.freeze(model, mode, 0)
-    if compiled:   # as on CUDA, where the kernels are made by Inductor, too
+    if compiled:   # as on CUDA
         train.speed_up(model, torch.device("cuda"), "off")
     step, epoch, optimizer, _ = train.prepare(args, torch.device("cpu"), model, images, labels, plain)
     train.begin_epoch(epoch, optimizer, 0.1, torch.Generator().manual_seed(0))
-    model.train()
-    for size in sizes:
-        step(size)
-    return epoch["losses"]
+    return model.train(), step, epoch
 
 
 @pytest.mark.parametrize("mode", ["bn", "all", "random"])
 def test_fast_and_plain_path_agree(mode, synthetic):
     """The losses of 20 steps in float64, the last of a smaller batch."""
-    images, labels = (part[:19 * 16 + 7] for part in synthetic[0])
-    sizes = [16] * 19 + [7]
-    fast, plain = (losses_of("resnet14", mode, images, labels, sizes, path) for path in (False, True))
-    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-9)
-    assert 1 < plain.min() and plain.std() > 0.01
+    losses = []
+    for plain in (False, True):
+        _, step, epoch = prepared("resnet14", mode, *(part[:19 * 16 + 7] for part in synthetic[0]), plain)
+        for size in [16] * 19 + [7]:
+            step(size)
+        losses.append(epoch["losses"])
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-9)
+    assert 1 < losses[0].min() and losses[0].std() > 0.01
 
 
 @pytest.mark.parametrize("mode", ["bn", "all", "random"])
@@ -374,41 +374,83 @@ def test_only_frozen_weights_are_cast_and_no_result_changes(mode, synthetic):
         assert torch.equal(fast(images), reference(images))
 
 
-def test_compiled_blocks_agree_in_few_compilations(synthetic, monkeypatch):
-    """Compiling costs five versions of the block, however deep the network is, and changes nothing."""
+@pytest.mark.parametrize("mode", ["bn", "random"])
+def test_compiled_blocks_agree_in_few_compilations(mode, synthetic, monkeypatch):
+    """Compiling costs five versions of the block, however deep the network is, and changes nothing.
+
+    A step of another size and an evaluation compile nothing: they run eagerly.
+    """
     compilations = []
 
     def backend(graph, inputs):
         compilations.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)   # Inductor's decompositions, no code
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)   # without code generation
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile(*args, backend=backend, **kwargs))
     images, labels = (part[:48] for part in synthetic[0])
-    for arch in ("resnet14", "resnet26"):
+    for arch in ("resnet14", "resnet32"):
         torch._dynamo.reset()
         compilations.clear()
-        fast = losses_of(arch, "bn", images, labels, [16] * 3, compiled=True)
+        model, step, epoch = prepared(arch, mode, images, labels, compiled=True)
+        _, plain_step, plain_epoch = prepared(arch, mode, images, labels, True)
+        for _ in range(2):
+            step(16), plain_step(16)
+        with train.eagerly(torch.device("cuda")):
+            step(7)
+            train.evaluate(model.float(), images, labels, "off")
+        plain_step(7)
         assert len(compilations) == 5   # identity shortcuts in three stages, projections in two
-        torch.testing.assert_close(fast, losses_of(arch, "bn", images, labels, [16] * 3, True), rtol=0, atol=1e-9)
+        torch.testing.assert_close(epoch["losses"], plain_epoch["losses"], rtol=0, atol=1e-9)
 
 
-def test_a_step_never_waits_for_the_device(synthetic):
+@pytest.mark.parametrize("mode, amp", [("bn", "bf16"), ("all", "fp16"), ("random", "off")])
+def test_a_step_never_waits_for_the_device(mode, amp, synthetic):
     """What would make the host wait for a GPU, and what a CUDA graph can't hold: reading a number, a size from data."""
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(function.name())
+            if seen[-1] in ("aten::index.Tensor", "aten::index_put_"):   # a mask's number of True is not known
+                assert not any(index.dtype == torch.bool for index in args[1] if index is not None)
             return function(*args, **(kwargs or {}))
 
-    args = train.parse_args(["--arch", "resnet8", "--bn-only", "--batch-size", "16", "--device", "cpu"])[0]
+    words = ["--arch", "resnet8", "--train", mode, "--batch-size", "16", "--device", "cpu", "--amp", amp]
     model = models.build_model("resnet8", 0)
-    train.freeze(model, "bn", 0)
-    step = train.prepare(args, torch.device("cpu"), model, *synthetic[0], False)[0]
+    train.freeze(model, mode, 0)
+    step = train.prepare(train.parse_args(words)[0], torch.device("cpu"), model, *synthetic[0], False)[0]
     seen = []
     with Watch():
         step(16)
-    assert "aten::convolution" in seen and "aten::_fused_sgd_" in seen
+    assert {"aten::convolution", "aten::_fused_sgd_", "aten::index.Tensor"} <= set(seen)
     assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"} & set(seen)
+
+
+def test_the_learning_rate_that_a_graph_reads():
+    """It stays the same tensor when the rate drops, and a fused step takes it from there."""
+    weight, lr = torch.ones(3, requires_grad=True), torch.tensor(0.1)
+    optimizer = torch.optim.SGD([weight], lr, fused=True)
+    epoch = {name: values for name, values in zip(train.CHANCE, train.draw_augmentation(8, torch.Generator()))}
+    epoch |= {name: torch.ones(1) for name in ("losses", "done", "correct")}
+    train.begin_epoch(epoch, optimizer, 0.01, torch.Generator().manual_seed(1))
+    assert optimizer.param_groups[0]["lr"] is lr and lr == torch.tensor(0.01)
+    assert epoch["losses"] == epoch["done"] == epoch["correct"] == 0
+    assert torch.equal(epoch["order"], torch.randperm(8, generator=torch.Generator().manual_seed(1)))
+    weight.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.98))
+
+
+def test_a_first_step_that_overflows_in_fp16_changes_nothing(synthetic):
+    model = models.build_model("resnet8", 0)
+    trained = train.freeze(model, "bn", 0)
+    before = train.flatten(trained).clone()
+    args = train.parse_args(["--arch", "resnet8", "--bn-only", "--device", "cpu", "--amp", "fp16"])[0]
+    step, _, optimizer, scaler = train.prepare(args, torch.device("cpu"), model, *synthetic[0], False)
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 1e38})
+    model.train()
+    step(8)
+    assert torch.equal(train.flatten(trained), before) and scaler.get_scale() < 1e38
+    assert all(not optimizer.state[parameter]["momentum_buffer"].any() for parameter in trained)
 
 
 def test_a_step_is_captured_after_three_and_then_replayed(monkeypatch):
@@ -457,30 +499,31 @@ def test_work_of_a_step():
 
 
 def test_benchmark(capsys, monkeypatch):
-    """Its arithmetic, for a step of 0.1 s on the fast path and 0.3 s on the plain one, an evaluation of 2 s, a copy of
-    1 s and a matrix product of 1 s.
+    """Its arithmetic, for steps of 0.1 s and 0.3 s on the fast path and three times that on the plain one after a
+    warm-up of slower ones, an evaluation of 2 s, a copy of 1 s and a matrix product of 1 s.
     """
-    evaluations = []
+    times = iter([9.0] * train.WARM_UP + [0.1, 0.3] + [9.0] * train.WARM_UP + [0.3, 0.9])
 
     def seconds(function, *arguments, device):
         if function is train.evaluate:
-            evaluations.append(arguments)
             return 2.0
         if function is torch.mm or function.__name__ == "copy_":
             return 1.0
-        return 0.3 if evaluations else 0.1
+        function(*arguments)
+        return next(times)
 
     monkeypatch.setattr(train, "seconds", seconds)
-    words = ["--arch", "resnet8", "--bn-only", "--batch-size", "8", "--device", "cpu", "--benchmark", "2", "--plain"]
-    assert command(train, *words) == 0
+    monkeypatch.setattr(train, "train_step", lambda *args: (torch.ones(()), 1))   # for so large a batch
+    words = ["--arch", "resnet8", "--bn-only", "--batch-size", "10000", "--benchmark", "2", "--plain"]
+    assert command(train, *words, "--device", "cpu") == 0
     fast, plain, ratio, floor = capsys.readouterr().out.splitlines()[-4:]
-    assert fast.startswith("fast    100.00 (100.00 to 100.00)       80 ") and plain.startswith("plain   300.00 (300")
-    assert fast.endswith(" 27:52:00") and plain.endswith(" 83:25:20")   # 160 (6,250 steps + 2 s)
-    assert ratio == "fast is 3.00 times as fast as plain"
-    moved, operations = train.work_of_a_step("resnet8", 8, "off")
+    assert fast.startswith("fast    200.00 (120.00 to 280.00)   50,000 ") and fast.endswith(" 0:08:00")
+    assert plain.startswith("plain   600.00 (360.00 to 840.00)   16,667 ") and plain.endswith(" 0:13:20")
+    assert ratio == "fast is 3.00 times as fast as plain"   # whole runs are 160 times (5 steps + 2 s)
+    moved, operations = train.work_of_a_step("resnet8", 10_000, "off")
     bandwidth, speed = 2 * 2 ** 28, 2 * 2048 ** 3   # 256 MiB are read and written
     assert f"take {1e3 * moved / bandwidth:.1f} ms" in floor and f"product) {1e3 * operations / speed:.1f} ms" in floor
-    assert floor.endswith(f" takes {0.1 / (moved / bandwidth + operations / speed):.1f} times their sum")
+    assert floor.endswith(f" takes {0.2 / (moved / bandwidth + operations / speed):.1f} times their sum")
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints

@@ -10,6 +10,7 @@ per epoch); at the end also the record of the whole run, runs/x.json, from which
 import argparse
 import contextlib
 import functools
+import gc
 import io
 import json
 import math
@@ -217,8 +218,10 @@ def freeze(model, mode, seed):
         parameter.requires_grad_(part_of(name) in MODES[mode])
     if mode == "random":
         rng = np.random.RandomState([seed, 2])          # its own stream: the features stay those of the seed
-        for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
+        convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        for conv in convs:
             parametrize.register_parametrization(conv, "weight", TwoWeightsPerChannel(conv.weight, rng))
+            conv.__class__ = type(convs[0])   # one for all, not one each, for which every block would be compiled anew
     return trained_parameters(model)
 
 
@@ -507,8 +510,6 @@ def evaluate(model, images, labels, amp):
 
 def speed_up(model, device, amp):
     """Make a network on this device train faster, in place, with the same results up to round-off."""
-    if device.type == "cpu":   # once a block of this size was freed, glibc keeps freed memory instead of returning it,
-        torch.empty(2 ** 25 - 2 ** 13, dtype=torch.uint8)   # and spares a step thousands of page faults: 6 % faster
     model.to(memory_format=torch.channels_last)         # the layout that the kernels of convolutions are written for
     for module in model.modules():
         if isinstance(module, nn.ReLU):
@@ -573,10 +574,13 @@ def prepare(args, device, model, images, labels, plain):
     model.to(device)
     if not plain:
         speed_up(model, device, args.amp)
+    if not plain and device.type == "cpu":   # once a block of this size was freed, glibc keeps freed memory instead of
+        torch.empty(2 ** 25 - 2 ** 13, dtype=torch.uint8)   # returning it, which saves page faults: 6 % faster
     trained = trained_parameters(model)
     lr = torch.tensor(args.lr, device=device) if graph else args.lr     # what a graph is to see anew must be a tensor
-    optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=args.weight_decay, fused=not plain)
-    for parameter in trained:   # zero is where SGD starts: 0.9 * 0 + gradient
+    optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=True if not plain and device.type != "mps" else None)   # MPS: no fp16 scaling
+    for parameter in trained:   # zero is where SGD starts, 0.9 * 0 + gradient, also if the first step overflows in fp16
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     epoch = {name: values.to(device) for name, values in zip(CHANCE, draw_augmentation(len(images), torch.Generator()))}
@@ -713,9 +717,9 @@ def train(args, device):
         lr = learning_rate(args.lr, epoch, args.epochs)
         begin_epoch(epoch_state, optimizer, lr, generator)
         model.train()
-        for number, size in enumerate(sizes, 1):
+        for size in sizes:
             step(size)
-            show_progress(epoch + 1, args.epochs, number, len(sizes), n, began)
+            show_progress(epoch + 1, args.epochs, epoch_state["done"], len(sizes), n, began)
         losses = epoch_state["losses"].cpu()   # read only once an epoch: nothing else waits for the device
         train_seconds = time.perf_counter() - began
 
@@ -765,7 +769,10 @@ def train(args, device):
 # ---------------------------------------------------------------------------------------------------- benchmark
 
 def benchmark(args, device):
-    """Time args.benchmark steps on random images and print what they say of a whole run; with --plain of both paths."""
+    """Time args.benchmark steps on random images and print what they say of a whole run; with --plain of both paths.
+
+    The fast path comes first, as if it were alone; the memory of a process (on a CPU) is the most of what came so far.
+    """
     images, labels = torch.randint(0, 256, (50_000, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (50_000,))
     steps = math.ceil(len(images) / args.batch_size)
     if steps < 2:
@@ -778,6 +785,7 @@ def benchmark(args, device):
     medians = []
     for plain in (False, True) if args.plain else (False,):
         if device.type == "cuda":
+            gc.collect()   # compiled blocks lie in reference cycles
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = build_model(args.arch, args.seed)
@@ -832,7 +840,7 @@ def peak_memory(device):
 
 
 def work_of_a_step(arch, batch_size, amp):
-    """(bytes moved, floating-point operations) of one BN-only step: the fewest, unless a kernel spans convolutions.
+    """(bytes moved, floating-point operations) of one BN-only step with few kernels, none of which finds data in cache.
 
     Bytes: 13 times the features that convolutions write. Forward 5.5: the convolution reads and writes, the batch
     statistics read, then one kernel normalises, adds and clips, which reads and writes, and reads a shortcut in every
@@ -851,8 +859,10 @@ def work_of_a_step(arch, batch_size, amp):
 
 
 def print_floor(args, device, step):
-    """Print how long a BN-only step must take at the measured speeds of a copy and of a matrix product here."""
+    """Print how long work_of_a_step takes at the speeds of a copy and of a matrix product, measured here."""
     dtype = AMP_DTYPES[args.amp]
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        torch.set_float32_matmul_precision("high")   # as convolutions have it by default
     source = torch.ones(2 ** (30 if device.type == "cuda" else 28) // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
     side = 8192 if device.type == "cuda" else 2048
@@ -869,10 +879,13 @@ def print_floor(args, device, step):
 
 # ------------------------------------------------------------------------------------------------------- output
 
-def show_progress(epoch, epochs, step, steps, n, began):
-    """On a terminal, rewrite the last line to say how far the epoch is, at most four times a second."""
-    now = time.perf_counter()
-    if sys.stdout.isatty() and now - show_progress.shown > 0.25:
+def show_progress(epoch, epochs, done, steps, n, began):
+    """On a terminal, rewrite the last line to say how far the epoch is, at most four times a second.
+
+    `done` is the number of steps done, on the device: a GPU is behind the host, and only here the host waits for it.
+    """
+    if sys.stdout.isatty() and time.perf_counter() - show_progress.shown > 0.25:
+        step, now = done.item(), time.perf_counter()
         show_progress.shown = now
         print(f"\r{epoch:3}/{epochs}  step {step}/{steps}  {step * n / steps / (now - began):,.0f} images/s\x1b[K",
               end="", flush=True)   # \x1b[K: clear the rest of the line
@@ -1052,4 +1065,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "a smaller --batch-size")
+    run(main, "a smaller --batch-size, or --plain")
