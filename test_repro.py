@@ -1,4 +1,4 @@
-"""Tests of the reproduction: pytest -q (about a minute on two cores, no network).
+"""Tests of the reproduction: pytest -q (a minute and a half on two cores, no network).
 
 Where CIFAR10_DIR names a folder that holds cifar-10-batches-py, the tests that need real images run too.
 """
