@@ -1054,7 +1054,6 @@ RESULTS = sorted((pathlib.Path(__file__).parent / "results").glob("*.json"))
 
 
 def test_tables_of_the_readme_are_those_of_analyze(capsys):
-    """All but the speed table, whose log is results/speed-cpu.txt."""
     assert command(analyze, "--markdown") == 0
     printed = capsys.readouterr().out.split("\n\n")
     readme = (pathlib.Path(__file__).parent / "README.md").read_text().split("\n\n")
@@ -1062,6 +1061,19 @@ def test_tables_of_the_readme_are_those_of_analyze(capsys):
         if title.startswith("**") and table.startswith("|"):
             assert title in printed and table == printed[printed.index(title) + 1], f"{title}: analyze.py --markdown"
     assert sum(title in printed for title in readme) >= 4
+
+
+def test_speed_table_of_the_readme_is_that_of_the_log():
+    folder = pathlib.Path(__file__).parent
+    log = (folder / "results/speed-cpu.txt").read_text()
+    amps = re.findall(r"^resnet.* --amp (\w+),", log, re.M)
+    fast = re.findall(r"^fast +([\d.]+) .*?\) +([\d,]+)", log, re.M)
+    plain = re.findall(r"^plain +([\d.]+)", log, re.M)
+    ratios = re.findall(r"^fast is ([\d.]+) times", log, re.M)
+    expected = [("fp32" if amp == "off" else amp, f"{float(slow):.1f} | {float(ms):.1f} | {images} | {ratio}")
+                for amp, (ms, images), slow, ratio in zip(amps, fast, plain, ratios, strict=True)]
+    rows = re.findall(r"^\| resnet\d+, [\w-]+ \| (\w+) \| (.*) \|$", (folder / "README.md").read_text(), re.M)
+    assert rows == expected and len(rows) == 6
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
