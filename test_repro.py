@@ -1078,11 +1078,13 @@ def test_figures_in_the_text_of_the_readme_are_those_of_the_records():
         return f"{160 * seconds / 3600:.1f} h (160 times the median epoch, {seconds:.0f} s"
 
     [of_all] = [row["pruned"] for row in records["resnet14-all-s0"]["prune"] if row["threshold"] == 0.01]
+    [of_32] = [row for row in records["resnet32-bn-s0"]["prune"] if row["threshold"] == 0.01]
     speed = np.median([r["images_per_second"] for r in records["resnet14-bn-s0"]["records"]])
     for figure in (
             f"resnet14: {mean_and_std([r['test_accuracy'] for r in seeds], 2)} % (n=2",
             f"resnet14: {mean_and_std(pruned, 1)} % are below 0.01",
             f"the accuracy by +{mean_and_std(change, 2)} points (n=2)",
+            f"resnet32: {of_32['pruned']:.2f} %, +{of_32['change']:.2f} points (n=1)", hours("resnet32-bn-s0"),
             f"{records['resnet14-random-s0']['test_accuracy']:.2f} % by two random weights per channel (n=1)",
             f"all parameters: {records['resnet14-all-s0']['test_accuracy']:.2f} %, n=1",
             f"only {of_all:.2f} % of resnet14's gammas are below 0.01",
