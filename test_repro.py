@@ -1116,6 +1116,15 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
     assert f"gave ratios of {', '.join(again[:-1])} and {again[-1]}" in " ".join(readme.split())
 
 
+def test_table_of_short_runs_in_the_readme_is_that_of_the_log():
+    folder = pathlib.Path(__file__).parent
+    log = (folder / "results" / "short-resnet14.txt").read_text()
+    runs = re.findall(r"^ 10/10 +[\d.]+ +([\d.]+) % +([\d.]+) %", log, re.M)
+    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", (folder / "README.md").read_text(), re.M)
+    assert sorted(rows) == sorted(runs)
+    assert len(rows) == 10
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_records(path):
     record = prune.read_record(path)
