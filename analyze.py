@@ -133,11 +133,10 @@ def print_results(folder, markdown):
                 ["network", "seed", "|gamma| <", "zeroed (%)", "accuracy (%)", "change (points)"],
                 rows or [["-"] * 6], markdown)
     print_table("Runs, each of them: python train.py and",
-                ["options", "precision", "test accuracy (%)", "hours", "hardware", "torch", "code"],
-                [[f"--arch {record['arch']} --train {record['train']} --seed {record['seed']}",
-                  "fp32" if record["amp"] == "off" else record["amp"], f"{record['test_accuracy']:.2f}",
-                  f"{record['seconds'] / 3600:.1f}", record["hardware"], record["torch"],
-                  short(record["commit"])] for record in records.values()] or [["-"] * 7], markdown)
+                ["options", "test accuracy (%)", "hours", "hardware", "torch", "code"],
+                [[f"--arch {record['arch']} --train {record['train']} --seed {record['seed']} --amp {record['amp']}",
+                  f"{record['test_accuracy']:.2f}", f"{record['seconds'] / 3600:.1f}", record["hardware"],
+                  record["torch"], short(record["commit"])] for record in records.values()] or [["-"] * 6], markdown)
     if left_out:
         print("Left out:", *left_out, sep="\n  ")
 
