@@ -1064,11 +1064,21 @@ def test_tables_of_the_readme_are_those_of_analyze(capsys):
 
 
 def test_figures_in_the_text_of_the_readme_are_those_of_the_records():
-    readme = " ".join((pathlib.Path(__file__).parent / "README.md").read_text().split())
+    folder = pathlib.Path(__file__).parent
+    readme = (folder / "README.md").read_text()
+    claims = dict(re.findall(r"^\| (\d)\. (.*)$", readme, re.M))
+    text = " ".join(readme.split())
     records = {path.stem: json.loads(path.read_text()) for path in RESULTS}
-    seeds = [records[f"resnet14-bn-s{seed}"] for seed in (0, 1)]
+    seeds = [record for name, record in records.items() if name.startswith("resnet14-bn-s")]
+    n, accuracies = len(seeds), [record["test_accuracy"] for record in seeds]
     pruned, change = zip(*((row["pruned"], row["change"]) for record in seeds for row in record["prune"]
                            if row["threshold"] == 0.01))
+    # Each checkpoint's shares of disabled features: of the ReLUs in blocks, of those after additions, of all.
+    log = (folder / "results" / "activations.txt").read_text()
+    disabled = {name: re.findall(r" ([\d.]+)$", part, re.M)[-3:]
+                for name, part in re.findall(r"^\$ .*results/(.*)\.pt.*$([^$]*)", log, re.M)}
+    assert set(disabled) == {name for name, record in records.items() if record["train"] == "bn"}
+    of_14 = [float(shares[2]) for name, shares in disabled.items() if name.startswith("resnet14-")]
 
     def mean_and_std(values, digits):
         return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
@@ -1080,16 +1090,24 @@ def test_figures_in_the_text_of_the_readme_are_those_of_the_records():
     [of_all] = [row["pruned"] for row in records["resnet14-all-s0"]["prune"] if row["threshold"] == 0.01]
     [of_32] = [row for row in records["resnet32-bn-s0"]["prune"] if row["threshold"] == 0.01]
     speed = np.median([r["images_per_second"] for r in records["resnet14-bn-s0"]["records"]])
-    for figure in (
-            f"resnet14: {mean_and_std([r['test_accuracy'] for r in seeds], 2)} % (n=2",
-            f"resnet14: {mean_and_std(pruned, 1)} % are below 0.01",
-            f"the accuracy by +{mean_and_std(change, 2)} points (n=2)",
-            f"resnet32: {of_32['pruned']:.2f} %, +{of_32['change']:.2f} points (n=1)", hours("resnet32-bn-s0"),
-            f"{records['resnet14-random-s0']['test_accuracy']:.2f} % by two random weights per channel (n=1)",
-            f"all parameters: {records['resnet14-all-s0']['test_accuracy']:.2f} %, n=1",
-            f"only {of_all:.2f} % of resnet14's gammas are below 0.01",
-            f"{hours('resnet14-bn-s0')}; {speed:,.0f} images/s", hours("resnet14-random-s0"), hours("resnet14-all-s0")):
-        assert figure in readme
+    gap = f"{48 - np.mean(accuracies):.1f} points"
+    for where, figure in (
+            (claims["2"], f"resnet14: {mean_and_std(pruned, 1)} % are below 0.01"),
+            (claims["2"], f"the accuracy by {np.mean(change):+.2f} ± {np.std(change, ddof=1):.2f} points (n={n})"),
+            (claims["2"], f"resnet32: {of_32['pruned']:.2f} %, {of_32['change']:+.2f} points (n=1)"),
+            (claims["2"], f"{mean_and_std(of_14, 1)} % of resnet14's features (n={n}) and "
+                          f"{disabled['resnet32-bn-s0'][2]} % of resnet32's (n=1) are disabled"),
+            (claims["4"], f"{mean_and_std(accuracies, 2)} % by BatchNorm (n={n})"),
+            (claims["4"], f"{records['resnet14-random-s0']['test_accuracy']:.2f} % by two random weights per channel"),
+            (claims["5"], f"resnet14: {mean_and_std(accuracies, 2)} % (n={n},"), (claims["5"], f" {gap} lower"),
+            (claims["5"], f"all parameters: {records['resnet14-all-s0']['test_accuracy']:.2f} %, n=1"),
+            (text, f"only {of_all:.2f} % of resnet14's gammas are below 0.01"), (text, f" by {gap}"),
+            (text, f"resnet32 is {records['resnet32-bn-s0']['test_accuracy'] - 51.29:.1f} points below"),
+            *((text, f"{shares[2]} % ({shares[0]} % inside the blocks, {shares[1]} % after the additions)")
+              for shares in disabled.values()),
+            (text, f"{hours('resnet14-bn-s0')}; {speed:,.0f} images/s"), (text, hours("resnet14-random-s0")),
+            (text, hours("resnet14-all-s0")), (text, hours("resnet32-bn-s0"))):
+        assert figure in where, figure
 
 
 def test_speed_table_of_the_readme_is_that_of_the_logs():
@@ -1123,13 +1141,23 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
         assert figure in " ".join(readme.split()), figure
 
 
+SHORT_RUNS = {   # a row of the README's table: a run of the log
+    "nothing, seed 0": "seed0", "nothing, seed 1": "seed1", "nothing, seed 2": "seed2", "fp32": "fp32",
+    "no weight decay": "no-decay", "gamma = 1 at first": "gamma-one", "He-uniform weights, seed 0": "he-uniform",
+    "He-uniform weights, seed 1": "he-uniform-seed1", "normalised by CIFAR-10's statistics": "cifar-statistics",
+    "no augmentation": "no-augmentation"}
+
+
 def test_table_of_short_runs_in_the_readme_is_that_of_the_log():
     folder = pathlib.Path(__file__).parent
     log = (folder / "results" / "short-resnet14.txt").read_text()
-    runs = re.findall(r"^ 10/10 +[\d.]+ +([\d.]+) % +([\d.]+) %", log, re.M)
-    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", (folder / "README.md").read_text(), re.M)
-    assert sorted(rows) == sorted(runs)
-    assert len(rows) == 10
+    runs = {}
+    for part in log.split("\n# ")[1:]:
+        [accuracies] = re.findall(r"^ 10/10 +[\d.]+ +([\d.]+) % +([\d.]+) %", part, re.M)
+        runs[part.split("\n")[0]] = accuracies
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", (folder / "README.md").read_text(), re.M)
+    assert [(label, *runs[SHORT_RUNS[label]]) for label, *_ in rows] == rows
+    assert len(rows) == len(runs) == len(SHORT_RUNS)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
