@@ -347,13 +347,18 @@ def prepared(arch, mode, images, labels, plain=False, compiled=False):
 
 @pytest.mark.parametrize("mode", ["bn", "all", "random"])
 def test_fast_and_plain_path_agree(mode, synthetic):
-    """The losses of 20 steps in float64, the last of a smaller batch."""
-    losses = []
+    """The losses of 20 steps in float64, the last of a smaller batch; and they are two paths."""
+    losses, layouts = [], set()
     for plain in (False, True):
-        _, step, epoch = prepared("resnet14", mode, *(part[:19 * 16 + 7] for part in synthetic[0]), plain)
+        model, step, epoch = prepared("resnet14", mode, *(part[:19 * 16 + 7] for part in synthetic[0]), plain)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(lambda _, inputs: layouts.add((plain, inputs[0].is_contiguous())))
+        assert {module.inplace for module in model.modules() if isinstance(module, nn.ReLU)} == {not plain}
         for size in [16] * 19 + [7]:
             step(size)
         losses.append(epoch["losses"])
+    assert layouts == {(False, False), (True, True)}   # channels_last is not contiguous
     torch.testing.assert_close(*losses, rtol=0, atol=1e-9)
     assert 1 < losses[0].min() and losses[0].std() > 0.01
 
@@ -1122,7 +1127,7 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
         ratios = re.findall(r"^fast is ([\d.]+) times", log, re.M)
         for run, (ms, images), slow, ratio in zip(runs, fast, plain, ratios, strict=True):
             row = f"{float(slow):.1f} | {float(ms):.1f} | {images} | {ratio}"
-            expected.setdefault((processor, *run), []).append((float(ratio), row))
+            expected.setdefault((processor, *run), []).append((float(slow) / float(ms), row))
             times.setdefault((processor, *run), []).append((ratio, float(slow), float(ms)))
     rows = re.findall(r"^\| (Intel|AMD) \| (resnet\d+), ([\w-]+) \| (\w+) \| (.*) \|$", readme, re.M)
     names = {"BN-only": "bn", "fp32": "off"}
@@ -1133,19 +1138,33 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
     (ratios, plain, fast), (_, _, fast_bf16), (_, _, fast_all), (_, _, fast_all_bf16) = (
         zip(*times["AMD", "resnet14", *run], strict=True)
         for run in (("bn", "off"), ("bn", "bf16"), ("all", "off"), ("all", "bf16")))
+    intel = {run: times["Intel", "resnet14", *run][0]   # (ratio, plain ms, fast ms)
+             for run in (("bn", "off"), ("bn", "bf16"), ("all", "off"), ("all", "bf16"))}
     for figure in (
             f"gave ratios of {', '.join(ratios[:-1])} and {ratios[-1]}. By the medians of the five,",
             f"in bf16 is {np.median(plain) / np.median(fast_bf16):.2f} times as fast as the plain one in fp32",
             f"{np.median(fast_all) / np.median(fast):.2f} times as fast as training everything",
-            f"({np.median(fast_all_bf16) / np.median(fast_bf16):.2f} in bf16)"):
+            f"({np.median(fast_all_bf16) / np.median(fast_bf16):.2f} in bf16)",
+            f"({intel['bn', 'off'][1] / intel['bn', 'bf16'][2]:.2f}, "
+            f"{intel['all', 'off'][2] / intel['bn', 'off'][2]:.2f} and "
+            f"{intel['all', 'bf16'][2] / intel['bn', 'bf16'][2]:.2f})"):
         assert figure in " ".join(readme.split()), figure
+    log = (folder / "results/parts-cpu.txt").read_text()
+    fp32, bf16 = (dict(re.findall(rf"^{amp} +(?:fast path without: )?(\S.*\S) +([\d.]+) ms$", log, re.M))
+                  for amp in ("off", "bf16"))
+    assert (f"a step takes {fp32['fast path']} ms, {fp32['channels_last']} without channels_last and "
+            f"{fp32['in-place ReLU']} without ReLU in place. Weights cast only once save "
+            f"{float(bf16['weights cast once']) - float(bf16['fast path']):.1f} ms of {bf16['weights cast once']} "
+            ) in " ".join(readme.split())
+    assert f"take {fp32['data handling alone']} ms." in " ".join(readme.split())
 
 
 SHORT_RUNS = {   # a row of the README's table: a run of the log
     "nothing, seed 0": "seed0", "nothing, seed 1": "seed1", "nothing, seed 2": "seed2", "fp32": "fp32",
     "no weight decay": "no-decay", "gamma = 1 at first": "gamma-one", "He-uniform weights, seed 0": "he-uniform",
     "He-uniform weights, seed 1": "he-uniform-seed1", "normalised by CIFAR-10's statistics": "cifar-statistics",
-    "no augmentation": "no-augmentation"}
+    "no augmentation": "no-augmentation", "learning rate 0.05": "lr-0.05", "learning rate 0.2": "lr-0.2",
+    "learning rate divided after epochs 7 and 9": "later-drops", "the plain path (see Speed), seed 0": "plain-seed0"}
 
 
 def test_table_of_short_runs_in_the_readme_is_that_of_the_log():
@@ -1158,6 +1177,28 @@ def test_table_of_short_runs_in_the_readme_is_that_of_the_log():
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", (folder / "README.md").read_text(), re.M)
     assert [(label, *runs[SHORT_RUNS[label]]) for label, *_ in rows] == rows
     assert len(rows) == len(runs) == len(SHORT_RUNS)
+
+
+def test_figures_of_precision_in_the_readme_are_those_of_the_log():
+    folder = pathlib.Path(__file__).parent
+    readme, log = (folder / "README.md").read_text(), (folder / "results" / "precision-cpu.txt").read_text()
+    runs = [(f"{arch}, {epochs}", amp.replace("off", "fp32"), *re.search(
+                rf"^ +{epochs}/{epochs} +[\d.]+ +([\d.]+) % +([\d.]+) %", part, re.M).groups())
+            for arch, epochs, amp, part in re.findall(
+                r"^\$ python train.py --arch (\w+) --bn-only --epochs (\d) --amp (\w+)([^$]*)", log, re.M)]
+    assert re.findall(r"^\| (resnet\d+, \d) \| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.M) == runs
+    assert len(runs) == 4
+    cosines = {network: [f"{float(cosine):.2f}" for cosine in (bf16, fp16, other)] for network, bf16, fp16, other
+               in re.findall(r"^(\S+) +[\d.]+ +[\d.]+ +([\d.-]+) +([\d.-]+) +([\d.-]+)$", log, re.M)}
+    deepest = cosines["resnet866"]
+    for figure in (
+            f"has a cosine of {cosines['resnet14'][0]} with that in fp32 for resnet14,",
+            f" {cosines['resnet32'][0]} for resnet32, {cosines['resnet110'][0]} for resnet110",
+            f" and {deepest[0]} for resnet866",
+            f"({cosines['resnet32'][1]}, {cosines['resnet110'][1]} and {deepest[1]} in fp16; {cosines['resnet32'][2]}, "
+            f"{cosines['resnet110'][2]} and {deepest[2]} between it and that of 128 other images in fp32)",
+            f"five epochs it is {cosines['runs/resnet110-fp32.pt'][0]} for resnet110"):
+        assert figure in " ".join(readme.split()), figure
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
