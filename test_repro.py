@@ -1149,6 +1149,13 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
             f"{intel['all', 'off'][2] / intel['bn', 'off'][2]:.2f} and "
             f"{intel['all', 'bf16'][2] / intel['bn', 'bf16'][2]:.2f})"):
         assert figure in " ".join(readme.split()), figure
+    log = (folder / "results/ratios-cpu.txt").read_text().split("$ for")[1]
+    columns = re.findall(r"([\d.]+) times as fast; .* ([\d.]+) times; .* ([\d.]+) in fp32, ([\d.]+) in bf16", log)
+    fp32, bf16, to_all, to_all_bf16 = (
+        f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in np.float64(columns).T)
+    assert len(columns) == log.count("plain") == 10
+    assert (f"fast against plain {fp32} in fp32, {bf16} between fast in bf16 and plain in fp32; BN-only against "
+            f"everything {to_all}, and {to_all_bf16} in bf16.") in " ".join(readme.split())
     log = (folder / "results/parts-cpu.txt").read_text()
     fp32, bf16 = (dict(re.findall(rf"^{amp} +(?:fast path without: )?(\S.*\S) +([\d.]+) ms$", log, re.M))
                   for amp in ("off", "bf16"))
@@ -1160,12 +1167,13 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
 
 
 SHORT_RUNS = {   # a row of the README's table: a run of the log
-    "nothing, seed 0": "seed0", "nothing, seed 1": "seed1", "nothing, seed 2": "seed2", "fp32": "fp32",
-    "no weight decay": "no-decay", "gamma = 1 at first": "gamma-one", "He-uniform weights, seed 0": "he-uniform",
-    "He-uniform weights, seed 1": "he-uniform-seed1", "normalised by CIFAR-10's statistics": "cifar-statistics",
-    "no augmentation": "no-augmentation", "learning rate 0.05": "lr-0.05", "learning rate 0.2": "lr-0.2",
+    **{f"nothing, seed {seed}": f"seed{seed}" for seed in range(5)},
+    "fp32": "fp32", "no weight decay": "no-decay", "gamma = 1 at first": "gamma-one",
+    "He-uniform weights, seed 0": "he-uniform", "He-uniform weights, seed 1": "he-uniform-seed1",
+    "normalised by CIFAR-10's statistics": "cifar-statistics", "no augmentation": "no-augmentation",
+    "learning rate 0.05": "lr-0.05", "learning rate 0.2": "lr-0.2",
     "learning rate divided after epochs 7 and 9": "later-drops", "the plain path (see Speed), seed 0": "plain-seed0",
-    "the plain path, seed 1": "plain-seed1"}
+    **{f"the plain path, seed {seed}": f"plain-seed{seed}" for seed in range(1, 5)}}
 
 
 def test_table_of_short_runs_in_the_readme_is_that_of_the_log():
@@ -1175,9 +1183,17 @@ def test_table_of_short_runs_in_the_readme_is_that_of_the_log():
     for part in log.split("\n# ")[1:]:
         [accuracies] = re.findall(r"^ 10/10 +[\d.]+ +([\d.]+) % +([\d.]+) %", part, re.M)
         runs[part.split("\n")[0]] = accuracies
-    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", (folder / "README.md").read_text(), re.M)
+    readme = (folder / "README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.M)
     assert [(label, *runs[SHORT_RUNS[label]]) for label, *_ in rows] == rows
     assert len(rows) == len(runs) == len(SHORT_RUNS)
+    train, test = (
+        [float(runs[f"plain-seed{seed}"][column]) - float(runs[f"seed{seed}"][column]) for seed in range(5)]
+        for column in (0, 1))
+    t = np.mean(test) / (np.std(test, ddof=1) / 5 ** 0.5)
+    assert (f"is {np.mean(test):.2f} ± {np.std(test, ddof=1):.2f} points of test accuracy and {np.mean(train):.2f} ± "
+            f"{np.std(train, ddof=1):.2f} of train accuracy (n=5, the seeds of the short runs above; paired t = {t:.1f},"
+            ) in " ".join(readme.split())
 
 
 def test_figures_of_precision_in_the_readme_are_those_of_the_log():
