@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import pickle
+import platform
 import re
 import resource
 import signal
@@ -405,6 +406,31 @@ def test_only_frozen_weights_are_cast_and_no_result_changes(mode, synthetic):
     images = train.normalize(synthetic[0][0][:16])
     with train.autocast(images.device, "bf16"):
         assert torch.equal(fast(images), reference(images))
+
+
+PAGE_FAULTS = """
+import resource, sys, torch, train
+from models import build_model
+args, device = train.parse_args(["--arch", "resnet14", "--bn-only", "--device", "cpu", *sys.argv[1:]])
+model = build_model(args.arch, args.seed)
+train.freeze(model, args.train, args.seed)
+images, labels = torch.zeros(2048, 32, 32, 3, dtype=torch.uint8), torch.zeros(2048, dtype=torch.int64)
+step, *_ = train.prepare(args, device, model, images, labels, args.plain)
+faults = []
+for _ in range(16):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(128)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults[6:])[5])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep it")
+def test_freed_memory_is_kept():
+    """A step of the fast path gets no page from the system that it had before; the plain path gets thousands."""
+    plain, fast = (int(subprocess.check_output([sys.executable, "-c", PAGE_FAULTS, "--amp", "bf16", *path], text=True,
+                                               cwd=pathlib.Path(__file__).parent)) for path in (["--plain"], []))
+    assert fast < 100 and 1000 < plain
 
 
 @pytest.mark.parametrize("mode", ["bn", "random"])

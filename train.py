@@ -9,6 +9,7 @@ per epoch); at the end also the record of the whole run, runs/x.json, from which
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import io
@@ -526,6 +527,19 @@ def speed_up(model, device, amp):
             module.compile(dynamic=False)               # five versions for any depth; CPUs get 1.7 times slower
 
 
+def keep_freed_memory():
+    """Let this process keep the memory that it frees, from now on, where the C library is glibc.
+
+    By default it returns what is large, and the system clears it again, page by page: 12,700 page faults in a step of
+    resnet14. Without them, on two cores, resnet14 is 2 to 6 % faster, wrn14-8 takes 10 % less time and up to 46 % more
+    memory.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):   # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)     # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-4, 0)      # M_MMAP_MAX: allocate everything there, nothing in mappings of its own
+
+
 def eagerly(device):
     """A context in which blocks run as they stand, not compiled: a shape for a few steps is not worth a compilation."""
     return torch.compiler.set_stance("force_eager") if device.type == "cuda" else contextlib.nullcontext()
@@ -578,9 +592,8 @@ def prepare(args, device, model, images, labels, plain):
     model.to(device)
     if not plain:
         speed_up(model, device, args.amp)
-        if device.type == "cpu":   # Once a block of this size that lay outside the heap (the free parts of the heap
-            # don't hold 40) was freed, glibc keeps freed memory, which saves 8,000 page faults a step: 6 % faster.
-            [torch.empty(2 ** 25 - 2 ** 13, dtype=torch.uint8) for _ in range(40)]
+        if device.type == "cpu":
+            keep_freed_memory()
     trained = trained_parameters(model)
     lr = torch.tensor(args.lr, device=device) if graph else args.lr     # what a graph is to see anew must be a tensor
     optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=args.weight_decay,
