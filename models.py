@@ -62,7 +62,7 @@ class ResNet(nn.Module):
         x = self.stage1(x)                     # (B, 16w, 32, 32)
         x = self.stage2(x)                     # (B, 32w, 16, 16)
         x = self.stage3(x)                     # (B, 64w, 8, 8)
-        return self.fc(x.mean((2, 3)))
+        return self.fc(nn.functional.avg_pool2d(x, x.shape[2:]).flatten(1))
 
 
 def parse_arch(arch):
