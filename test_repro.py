@@ -1225,10 +1225,12 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
     log = (folder / "results/parts-cpu.txt").read_text()
     fp32, bf16 = (dict(re.findall(rf"^{amp} +(?:fast path without: )?(\S.*\S) +([\d.]+) ms$", log, re.M))
                   for amp in ("off", "bf16"))
-    assert (f"a step takes {fp32['fast path']} ms, {fp32['channels_last']} without channels_last and "
-            f"{fp32['in-place ReLU']} without ReLU in place. Weights cast only once save "
-            f"{float(bf16['weights cast once']) - float(bf16['fast path']):.1f} ms of {bf16['weights cast once']} "
-            ) in " ".join(readme.split())
+    assert (f"in fp32 a step takes {fp32['fast path']} ms, {fp32['channels_last']} without channels_last and "
+            f"{fp32['in-place ReLU']} without ReLU in place; in bf16 {bf16['fast path']} ms, {bf16['channels_last']} "
+            "without channels_last.") in " ".join(readme.split())
+    rest = [float(part[name]) - float(part["fast path"]) for part in (fp32, bf16)
+            for name in ("fused optimizer", "no num_batches_tracked", "weights cast once") if name in part]
+    assert len(rest) == 5 and np.abs(rest).max() < 1.35   # "within the noise there, about a millisecond"
     assert f"take {fp32['data handling alone']} ms." in " ".join(readme.split())
 
 
