@@ -571,13 +571,16 @@ def replayed(step, size, device):
             calls += 1
             graph.replay() if graph else step(size)
         except (RuntimeError, AssertionError) as error:     # compiled code asserts the layouts that it was made for
-            if isinstance(error.__context__, RuntimeError):
+            if isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
                 error = error.__context__                   # to end a capture that failed raises an error of its own
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, KeyboardInterrupt):
                 raise error
             raise Problem(f"the fast path fails here ({' '.join(str(error).split()):.300}): try --plain") from error
 
     return call
+
+
+GRAPHS = ("cuda",)   # the types of devices on which a step is replayed as a graph
 
 
 def prepare(args, device, model, images, labels, plain):
@@ -588,7 +591,7 @@ def prepare(args, device, model, images, labels, plain):
         order, offset, flip: the epoch's chance, see draw_augmentation     losses: of each step so far
         done: (1,), the number of steps so far                             correct: predictions so far
     """
-    graph = device.type == "cuda" and not plain
+    graph = device.type in GRAPHS and not plain
     if graph:
         torch.cuda.set_stream(torch.cuda.Stream())      # the default stream can't be captured
     padded = F.pad(images, (0, 0, 4, 4, 4, 4)).to(device)               # (N, 40, 40, 3) uint8 with a black border
@@ -654,7 +657,7 @@ def check_recipe(options):
             raise ValueError(f"{flag(name)} {options[name]!r:.60}: choose one of {', '.join(choices)}")
     for name, holds, what in (
             ("seed", 0 <= options["seed"] < 2 ** 32, "0 to 4294967295"),
-            ("epochs", options["epochs"] >= 1, "at least 1"),
+            ("epochs", 1 <= options["epochs"] <= 1e6, "1 to 1000000"),
             ("batch_size", options["batch_size"] >= 1, "at least 1"),
             ("lr", 0 < options["lr"] <= 1e30, "above 0 and at most 1e30"),          # as far as float32 goes
             ("weight_decay", 0 <= options["weight_decay"] <= 1e30, "0 to 1e30")):
@@ -806,8 +809,8 @@ def benchmark(args, device):
         raise Problem(f"--benchmark needs a --batch-size below {len(images)}", 2)
     test_images, test_labels = images[:10_000].to(device), labels[:10_000].to(device)
     print(f"{args.arch} --train {args.train} --batch-size {args.batch_size} --amp {args.amp}, {hardware(device)}, "
-          f"torch {torch.__version__}\n{args.benchmark} steps after a warm-up; a whole run is {args.epochs} epochs of "
-          f"{steps} steps and one evaluation\n\n"
+          f"torch {torch.__version__}\n{args.benchmark} steps after a warm-up of {WARM_UP}, with all compilation and "
+          f"capture; a whole run is {args.epochs} epochs of {steps} steps and one evaluation\n\n"
           "path   ms/step (10 % to 90 %)     images/s  peak memory   warm-up  evaluation  whole run")
     for plain in (True, False) if args.plain else (False,):
         if device.type == "cuda":
@@ -816,14 +819,14 @@ def benchmark(args, device):
             torch.cuda.reset_peak_memory_stats()
         model = build_model(args.arch, args.seed)
         freeze(model, args.train, args.seed)
-        began = time.perf_counter()
         step, epoch, optimizer, _ = prepare(args, device, model, images, labels, plain)
         begin_epoch(epoch, optimizer, args.lr, torch.Generator().manual_seed(args.seed))
         model.train()
+        began = time.perf_counter()
         times = []
         for number in range(WARM_UP + args.benchmark):
             if number == WARM_UP:
-                warm_up = time.perf_counter() - began   # compilation and capture are in here
+                warm_up = time.perf_counter() - began
             epoch["done"].remainder_(steps - 1)         # stays off the epoch's smaller last batch
             times.append(seconds(step, args.batch_size, device=device))
         step(len(images) % args.batch_size or args.batch_size)   # an epoch's last batch needs memory of its own
@@ -890,7 +893,7 @@ def print_floor(args, device, step):
         torch.set_float32_matmul_precision("high")   # as convolutions have it by default
     source = torch.ones(2 ** (30 if device.type == "cuda" else 28) // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    side = 8192 if device.type == "cuda" else 2048
+    side = 8192 if device.type == "cuda" else 1024   # fp16 is slow on CPUs
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     copy = min(seconds(target.copy_, source, device=device) for _ in range(10))
     product = min(seconds(torch.mm, matrix, matrix, device=device) for _ in range(10))
