@@ -528,15 +528,15 @@ def speed_up(model, device, amp):
                 if not parameter.requires_grad:         # autocast would cast it anew in every step
                     parameter.data = parameter.data.to(AMP_DTYPES[amp])
         elif isinstance(module, Block) and device.type == "cuda":
-            module.compile(dynamic=False)               # five versions for any depth; CPUs get 1.7 times slower
+            module.compile(dynamic=False)               # five versions for any depth; CPUs get 1.8 times slower
 
 
 def keep_freed_memory():
     """Let this process keep the memory that it frees, from now on, where the C library is glibc.
 
-    By default it returns what is large, and the system clears it again, page by page: 12,700 page faults in a step of
-    resnet14. Without them, on two cores, resnet14 is 2 to 6 % faster, wrn14-8 takes 10 % less time and up to 46 % more
-    memory.
+    By default it returns what is large, and the system clears it again, page by page: thousands of page faults in a
+    step. Without them, on two cores, a step of resnet14 takes 3 % less time (8 % in bf16), one of wrn14-8 9 % less, and
+    24 % more memory (results/parts-cpu.txt).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):   # another C library
         mallopt = ctypes.CDLL(None).mallopt
