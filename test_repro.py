@@ -560,21 +560,21 @@ class GraphOnCpu(TorchDispatchMode):
 def test_training_by_a_graph_is_the_same(mode, amp, synthetic, monkeypatch):
     """Bit for bit, over two epochs with another learning rate and other chance each, and a smaller last batch."""
     results, streams = [], []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    words = ["--arch", "resnet8", "--train", mode, "--batch-size", "16", "--device", "cpu", "--amp", amp]
+    args, device = train.parse_args(words)
+    images, labels = (part[:5 * 16 + 7] for part in synthetic[0])
     for devices in ((), ("cpu",)):
         monkeypatch.setattr(train, "GRAPHS", devices)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
-        monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-        args = train.parse_args(["--arch", "resnet8", "--train", mode, "--batch-size", "16", "--device", "cpu",
-                                 "--amp", amp])[0]
         model = models.build_model("resnet8", 0)
         trained = train.freeze(model, mode, 0)
-        images, labels = (part[:5 * 16 + 7] for part in synthetic[0])
-        step, epoch, optimizer, scaler = train.prepare(args, torch.device("cpu"), model, images, labels, False)
+        step, epoch, optimizer, _ = train.prepare(args, device, model, images, labels, False)
         momentum = [optimizer.state[parameter]["momentum_buffer"] for parameter in trained]
         graph = GraphOnCpu([*trained, *model.buffers(), *momentum, *epoch.values()])
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
         monkeypatch.setattr(torch.cuda, "graph", graph.capture)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
         generator = torch.Generator().manual_seed(0)
         losses = []
         for lr in (0.1, 0.01):
@@ -682,7 +682,7 @@ def test_the_path_that_is_asked_for_trains(tmp_path, monkeypatch, capsys, synthe
 
     monkeypatch.setattr(train, "load_data", lambda *args: synthetic)
     monkeypatch.setattr(train, "prepare", prepare)
-    words = ["--arch", "resnet8", "--dataset", "synthetic", "--device", "cpu", "--out", str(tmp_path / "a.pt")]
+    words = ["--arch", "resnet8", "--device", "cpu", "--out", str(tmp_path / "a.pt")]
     for plain, path in ((True, ["--plain"]), (False, [])):
         assert command(train, *words, *path) == 1
         assert f"plain is {plain}" in capsys.readouterr().err
@@ -1025,6 +1025,7 @@ def test_specification_table():
     ("--train everything", 2, "bn\\+shortcut"),
     ("--train all --bn-only", 2, "not allowed with"),
     ("--epochs 0", 2, "--epochs 0: must be 1 to 1000000"),
+    ("--epochs 1000001", 2, "must be 1 to 1000000"),
     ("--epochs many", 2, "--epochs"),
     ("--batch-size 0", 2, "--batch-size 0: must be at least 1"),
     ("--batch-size 201 --out new.pt", 2, "--batch-size 201 is more than the 200"),
@@ -1352,6 +1353,19 @@ def test_speed_table_of_the_readme_is_that_of_the_logs():
             f"{intel['all', 'off'][2] / intel['bn', 'off'][2]:.2f} and "
             f"{intel['all', 'bf16'][2] / intel['bn', 'bf16'][2]:.2f})"):
         assert figure in " ".join(readme.split()), figure
+    floors = {}   # how many times its floor a step of resnet14 takes, in fp32 and in bf16
+    for processor in ("intel", "amd"):
+        log = (folder / f"results/speed-cpu-{processor}.txt").read_text()
+        for amp, value in re.findall(r"^resnet14 --train bn .* --amp (\w+)[^$]*step takes ([\d.]+) times", log, re.M):
+            floors.setdefault((processor, amp), []).append(float(value))
+    of = {key: f"{np.median(values):.1f}" for key, values in floors.items()}
+    assert sorted(map(len, floors.values())) == [1, 1, 5, 5]
+    moved, operations = train.work_of_a_step("resnet866", 128, "bf16")
+    for figure in (
+            f"resnet14 takes {of['intel', 'off']} times its floor in fp32 and {of['intel', 'bf16']} times in bf16, on "
+            f"the AMD (median of five) {of['amd', 'off']} times and {of['amd', 'bf16']}.",
+            f"moves {moved / 1e9:.1f} GB, 13 times", f"computes {operations / 1e12:.2f} TFLOP:"):
+        assert figure in " ".join(readme.split()), figure
     log = (folder / "results/ratios-cpu.txt").read_text().split("$ for")[1]
     columns = re.findall(r"([\d.]+) times as fast; .* ([\d.]+) times; .* ([\d.]+) in fp32, ([\d.]+) in bf16", log)
     fp32, bf16, to_all, to_all_bf16 = (
@@ -1435,7 +1449,7 @@ def test_figures_of_precision_in_the_readme_are_those_of_the_log():
             f" and {deepest[0]} for resnet866",
             f"({cosines['resnet32'][1]}, {cosines['resnet110'][1]} and {deepest[1]} in fp16; {cosines['resnet32'][2]}, "
             f"{cosines['resnet110'][2]} and {deepest[2]} between it and that of 128 other images in fp32)",
-            f"({exact['resnet110']} for resnet110, {exact['resnet866']} for resnet866, 64 images)",
+            f"in float64 of {exact['resnet110']} for resnet110 and of {exact['resnet866']} for resnet866 (64 images)",
             f"five epochs the cosine of bf16 with fp32 is {cosines['runs/resnet110-fp32.pt'][0]} for resnet110"):
         assert figure in " ".join(readme.split()), figure
 
