@@ -3,39 +3,38 @@
     python prune.py results/resnet14-bn-s0.pt
     python prune.py runs/resnet110-bn-s0.pt --thresholds 0.05 --save runs/pruned.pt
 
-Prints a table per checkpoint. Where the record of the run (the .json beside the checkpoint) has no such table yet, the
-default one is added to it, for analyze.py.
+Prints a table per checkpoint; the default one is also added to the record of the run, the .json beside it.
 """
 import argparse
-import contextlib
 import json
-import math
+import os
 import pathlib
 
 import torch
 
-from models import batchnorms, parse_arch
-from train import (DATA_DIR, DATASETS, RECIPE, Parser, Problem, add_device_argument, choose_device, evaluate, flatten,
-                   is_number, load_checkpoint, load_data, restore_model, run, save_checkpoint, trained_parameters,
-                   write_record, zero_gammas)
+from models import gammas_and_betas
+from train import (OPTIONS, UserError, add_data_arguments, argument, check, check_run, evaluate, get_tensors,
+                   load_checkpoint, load_data, one_line, run, save_checkpoint, say, tensor_lists, write_record)
 
 THRESHOLDS = [0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
 
-
 def gammas(model):
-    """All gammas of a network as one vector, in the order of its layers."""
-    return flatten([bn.weight for _, bn in batchnorms(model)])
+    """All gammas of a network as one vector on the CPU, in the order of its layers."""
+    return torch.cat([gamma.detach().flatten() for _, gamma, _ in gammas_and_betas(model)]).cpu()
 
+@torch.no_grad()
+def zero_gammas(model, threshold):
+    """Set every gamma with |gamma| < threshold to zero. Beta stays: such a feature becomes a constant."""
+    for _, gamma, _ in gammas_and_betas(model):
+        gamma.masked_fill_(gamma.abs() < threshold, 0)
 
 def prune_table(model, images, labels, amp, thresholds):
     """What zeroing the gammas below each threshold does, as one dict per threshold, from the smallest up.
 
     Each holds "threshold", "pruned" (share of the gammas with |gamma| < threshold), "test_accuracy" with those set to
-    zero, both in percent, and "change" in points against the network as it came. Leaves the network pruned by the
-    largest threshold. Beta stays in place.
+    zero, both in percent, and "change" in points against the unpruned network. Leaves the network pruned.
     """
-    rows, pruned = [], 0.0
-    original = gammas(model).abs().cpu()
+    rows, pruned, original = [], 0.0, gammas(model).abs()
     accuracy = unpruned = evaluate(model, images, labels, amp)
     for threshold in sorted(thresholds):
         share = 100 * (original < threshold).double().mean().item()
@@ -45,101 +44,67 @@ def prune_table(model, images, labels, amp, thresholds):
         rows.append({"threshold": threshold, "pruned": share, "test_accuracy": accuracy, "change": accuracy - unpruned})
     return rows
 
-
-def print_table(rows):
-    """Print the rows of prune_table."""
-    print("  |gamma| <   gammas zeroed   test accuracy   change (points)")
-    for row in rows:
-        print(f"{row['threshold']:11g}{row['pruned']:14.2f} %{row['test_accuracy']:14.2f} %{row['change']:+18.2f}")
-
-
-def add_to_record(path, checkpoint, rows):
-    """Add a prune table to the record beside this checkpoint, if that is the record of this run and has none yet."""
-    record_path = path.with_suffix(".json")
-    if not record_path.exists():
-        return
-    try:
-        record = read_record(record_path)
-        same_run = all(record.get(name) == value for name, value in checkpoint["options"].items())
-        if "prune" not in record and same_run and record["records"] == checkpoint["records"]:
-            write_record(path, {**record, "prune": rows})
-            print(f"added to {record_path}")
-    except (Problem, OSError) as problem:   # the table is printed; this was only for the record
-        print(f"not added to the record: {problem}")
-
-
 def read_record(path):
-    """The record of a run as train.py wrote it, a dict. Raises Problem if the file is no such record."""
+    """The record of a complete run as train.py wrote it, a dict. Raises UserError if the file is no such record."""
     try:
         record = json.loads(path.read_text())
-        parse_arch(record["arch"])
-        columns = {"threshold", "pruned", "test_accuracy", "change"}
-        if not (all(type(record[name]) is RECIPE[name] for name in RECIPE) and is_number(record["test_accuracy"])
-                and all(set(row) == columns and all(map(is_number, row.values())) for row in record.get("prune", []))
-                and isinstance(record["records"], list) and is_number(record["seconds"])
-                and all(type(record[name]) is str for name in ("hardware", "torch"))
-                and type(record["commit"]) in (str, type(None))):
-            raise ValueError("an entry is of a wrong type")
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise Problem(f"{path} is not the record of a run ({error})") from None
-    return record
+        options = check_run({name: record[name] for name in OPTIONS if name in record}, record["records"])
+        check(len(record["records"]) == options["epochs"], "epochs are missing")
+        check(record["test_accuracy"] == record["records"][-1]["test_accuracy"], "its accuracy is not the last epoch's")
+        check(all(part["first_epoch"] <= options["epochs"] and isinstance(part["commit"] or "", str)
+                  and part["hardware"] + part["torch"] for part in record["parts"]), "its parts are incomplete")
+        columns = {"prune": ["pruned", "test_accuracy", "change"], "activations": ["fires", "disabled"]}
+        check(all(-100 * (name == "change") <= row[name] <= 100 for table in columns for row in record.get(table, [])
+                  for name in columns[table]), "its tables are impossible")
+        return {**record, **options}
+    except OSError:
+        raise
+    except Exception as error:   # whatever a foreign file leads to
+        raise UserError(f"{path} is not the record of a run ({one_line(error):.200})") from None
 
+def add_to_record(checkpoint, state, name, table):
+    """Add a table to the record beside a checkpoint, if that is the record of this run and has none of this name."""
+    path = pathlib.Path(checkpoint).with_suffix(".json")
+    if path.exists():
+        try:
+            record = read_record(path)
+            check(record["records"] == state["records"], "of another run")
+            if name not in record:
+                write_record(path, {**record, name: table})
+                say(f"added to {path}")
+        except (UserError, ValueError) as error:   # the table is still printed
+            say(f"not added to the record: {error}")
 
-def add_data_arguments(parser):
-    """Give a parser the options that say on which data and device a checkpoint is evaluated."""
-    parser.add_argument("--dataset", choices=DATASETS, help="default: as the checkpoint was trained")
-    parser.add_argument("--data-dir", type=pathlib.Path, default=DATA_DIR, help="where CIFAR-10 is or will be put")
-    add_device_argument(parser)
-
-
-def load_test_data(checkpoint, args, device):
+def load_test_data(state, args):
     """The test images (N, 32, 32, 3) and labels (N,) for a checkpoint, on the device."""
-    options = checkpoint["options"]
-    _, test_data = load_data(args.dataset or options["dataset"], args.data_dir, options["seed"])
-    return (tensor.to(device) for tensor in test_data)
-
-
-def threshold(text):
-    """A finite number that is not negative, for argparse."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, 0 or more (checkpoints come before this)")
-
+    _, test_data = load_data(args.dataset or state["options"]["dataset"], args.data_dir, state["options"]["seed"])
+    return [tensor.to(args.device) for tensor in test_data]
 
 def main():
-    parser = Parser(description="Zero the gammas with |gamma| below each threshold and evaluate the network.")
-    parser.add_argument("checkpoints", nargs="+", type=pathlib.Path, metavar="ckpt.pt", help="written by train.py")
-    parser.add_argument("--thresholds", nargs="+", type=threshold, default=THRESHOLDS, metavar="T",
-                        help="finite, 0 or more (default: %(default)s)")
-    parser.add_argument("--save", type=pathlib.Path, metavar="pruned.pt",
-                        help="write the pruned network: for one checkpoint and one threshold")
-    add_data_arguments(parser)
+    parser = argparse.ArgumentParser(description="Zero the gammas with |gamma| below each threshold and evaluate.")
+    parser.add_argument("checkpoints", nargs="+", type=os.path.expanduser, metavar="x.pt", help="written by train.py")
+    parser.add_argument("--thresholds", nargs="+", type=argument(float, 0, 1e30), default=THRESHOLDS, metavar="T",
+                        help="default: %(default)s")
+    parser.add_argument("--save", type=os.path.expanduser, metavar="pruned.pt", help="write the pruned network")
+    add_data_arguments(parser, None)
     args = parser.parse_args()
-    if args.save and (len(args.checkpoints) > 1 or len(args.thresholds) > 1):
-        parser.error("--save takes one checkpoint and one threshold, such as --thresholds 0.01")
-    if args.save and args.save.exists():
-        parser.error(f"--save {args.save}: the file exists; choose another name")
-    device = choose_device(args.device)
-
-    for path in args.checkpoints:
-        checkpoint = load_checkpoint(path)
-        options = checkpoint["options"]
-        model = restore_model(checkpoint, path).to(device, memory_format=torch.channels_last)
-        images, labels = load_test_data(checkpoint, args, device)
-        print(f"{path}: {options['arch']}, --train {options['train']}, epoch {checkpoint['epoch']} of "
-              f"{options['epochs']}, {args.dataset or options['dataset']}, {len(gammas(model)):,} gammas")
-        rows = prune_table(model, images, labels, options["amp"], args.thresholds)
-        print_table(rows)
+    if args.save and (len(args.checkpoints) > 1 or len(args.thresholds) > 1 or os.path.exists(args.save)):
+        parser.error("--save takes one checkpoint, one threshold, such as --thresholds 0.01, and a new file")
+    for checkpoint in args.checkpoints:
+        model, state = load_checkpoint(checkpoint)
+        options = state["options"]
+        if args.save and not gammas_and_betas(model)[0][1].requires_grad:
+            raise UserError(f"--save: gammas are not part of this checkpoint (--train {options['train']})", 2)
+        model.to(args.device, memory_format=torch.channels_last)
+        rows = prune_table(model, *load_test_data(state, args), options["amp"], args.thresholds)
         if args.thresholds == THRESHOLDS and args.dataset in (None, options["dataset"]):
-            add_to_record(path, checkpoint, rows)
+            add_to_record(checkpoint, state, "prune", rows)
         if args.save:
-            pruned_below = max(checkpoint["pruned_below"], *args.thresholds)
-            trained = flatten(trained_parameters(model)).cpu()
-            args.save.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(args.save, {**checkpoint, "pruned_below": pruned_below, "trained": trained})
-            print(f"saved {args.save}")
-
+            save_checkpoint(pathlib.Path(args.save), {**state, **get_tensors(tensor_lists(model))})
+        say(f"{checkpoint}: {options['arch']}, --train {options['train']}, epoch {len(state['records'])} of "
+            f"{options['epochs']}, {len(gammas(model)):,} gammas\n  |gamma| <   gammas zeroed   test accuracy   change")
+        for row in rows:
+            say("{threshold:11g}{pruned:14.2f} %{test_accuracy:14.2f} %{change:+9.2f}".format(**row))
 
 if __name__ == "__main__":
     run(main)
