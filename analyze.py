@@ -1,246 +1,291 @@
-"""Print the paper's tables (arXiv 2003.00152), or look into the BatchNorm of trained networks.
+"""Print the results of all runs, draw them, or look into the BatchNorm of a trained network.
 
-    python analyze.py                                       # networks and accuracies, from the records in results/
-    python analyze.py results/resnet14-bn-s0.pt             # gamma and beta of one network
-    python analyze.py results/resnet14-bn-s0.pt --activations
-    python analyze.py --markdown                            # to paste into a README
+    python analyze.py > results/README.md                       # tables, from the records (*.json) in results/
+    python analyze.py --plot                                    # figures, into results/figures
+    python analyze.py results/resnet14-bn-s0.pt --activations   # gamma, beta and ReLUs of one network
 """
+import argparse
+import os
 import pathlib
+import re
 
 import numpy as np
 import torch
 from torch import nn
 
-from models import batchnorms, empty_model, parameter_counts, parse_arch
-from prune import THRESHOLDS, add_data_arguments, load_test_data, read_record
-from train import MODES, Parser, Problem, choose_device, evaluate, load_checkpoint, restore_model, run
+from models import count_parameters, empty_model, gammas_and_betas, parse_arch
+from prune import THRESHOLDS, add_to_record, gammas, load_test_data, read_record
+from train import (OPTIONS, UserError, add_data_arguments, check, evaluate, load_checkpoint, make_parser, one_line,
+                   run, say)
 
-DEEP = ["resnet14", "resnet32", "resnet56", "resnet110", "resnet218", "resnet434", "resnet866"]
-WIDE = ["wrn14-2", "wrn14-4", "wrn14-8", "wrn14-16", "wrn14-32"]
-PAIRS = list(zip(DEEP[1:6], WIDE))   # about as many BatchNorm parameters in both
+INTRODUCTION = """# Results
 
-# Test accuracy in percent as published. PAPER: ResNet-866 as reported of the paper in The Batch, ResNet-14 and -110 as
-# reported in a secondary write-up. TF_GARDEN: single runs of the TensorFlow re-implementation in the model garden.
-PAPER = {("resnet866", "all"): "93", ("resnet866", "bn"): "83", ("resnet14", "all"): "91", ("resnet14", "bn"): "48",
-         ("resnet110", "all"): "93.3", ("resnet110", "bn"): "69.5"}
-TF_GARDEN = {"resnet14": "46.67", "resnet32": "51.29", "resnet56": "55.21", "resnet110": "65.19", "resnet218": "70.09",
-             "resnet434": "73.67", "resnet866": "77.83"}
-# What a run must have in common with the paper's to enter a table. Precision and data order may differ.
-PAPER_RECIPE = {"dataset": "cifar10", "epochs": 160, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4}
+Printed by `python analyze.py > results/README.md` from the records (`*.json`) beside it. Test accuracies on CIFAR-10 in
+percent, after the last epoch, mean ± sample standard deviation over n seeds. "Paper": read off the main figure of the
+[first version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden), mean of five runs.
+"Reproduction": [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), single runs on
+45,000 images, best epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
+"""
+DEEP = "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866".split()
+WIDE = "wrn14-2 wrn14-4 wrn14-8 wrn14-16 wrn14-32".split()
+PUBLISHED = {name: dict(zip(DEEP + WIDE, line.split())) for name, line in {
+    "all, paper": "90.5 92.3 93.0 93.4 93.4 92.9 92.8 93.0 94.1 94.7 95.1 95.2",
+    "bn+shortcut+output, paper": "63.4 66.7 71.1 74.7 ~78.3 ~80.5 ~82.0 72.6 79.5 83.4 85.6 87.0",
+    "bn, paper": "48.1 57.6 62.9 69.7 75.8 ~79.7 82.0-83.9 53.4 59.6 64.4 68.2 ~73.5",
+    "shortcut+output, paper": "49.0 45.8 42.5 19.1 17.3 12.8 13.2 ~57.5 66.0 73.1 77.5 79.8",
+    "all, reproduction": "89.9 91.9 91.9 92.2 91.2 - - 91.8 93.3 94.3 - -",
+    "bn, reproduction": "46.86/47.53 56.89 62.61 69.96 76.03 - - 53.08 58.02 64.86 - -"}.items()}
 
+# --- records
 
-# ------------------------------------------------------------------------------------------------------- tables
+def read_results(folder):
+    """The runs with the paper's recipe, {(arch, mode): records}, and [name, reason] of the files left out.
 
-def print_table(title, header, rows, markdown):
-    """Print a table of strings: aligned columns, the first one to the left, or Markdown."""
-    rows = [header, *rows]
-    width = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, width))]
-             for row in rows]
-    if markdown:
-        rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(width)]
-        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        lines = [f"| {' | '.join(line)} |" for line in (escaped[0], rule, *escaped[1:])]
-        print(f"**{title}**\n", *lines, "", sep="\n")
-    else:
-        rule = ["-" * w for w in width]
-        print(title, *("  ".join(line).rstrip() for line in (lines[0], rule, *lines[1:])), "", sep="\n")
-
-
-def specification_rows():
-    """The paper's table of networks: depth, width and how many parameters they have, counted on the networks built."""
-    rows = []
-    for arch in [*DEEP, *WIDE]:
-        counts = parameter_counts(empty_model(arch))
-        numbers = [*parse_arch(arch), counts["all"], counts["bn"], counts["shortcut"], counts["output"]]
-        rows.append([arch, *(f"{number:,}" for number in numbers)])
-    return rows
-
-
-def read_records(folder):
-    """The records in a folder that belong into the tables, as {(arch, mode, seed): record}.
-
-    Only runs with the paper's recipe on CIFAR-10 belong there, and one for each seed. Returns also why others do not.
+    The mode is the value of --train with any variant, such as "bn, layer" for --norm layer.
     """
-    records, left_out = {}, []
-    for path in sorted(folder.glob("*.json")):
-        record = read_record(path)
-        depth, width = parse_arch(record["arch"])
-        key = (f"resnet{depth}" if width == 1 else record["arch"]), record["train"], record["seed"]
-        if any(record[name] != value for name, value in PAPER_RECIPE.items()):
-            left_out.append(f"{path.name} (not the paper's recipe on CIFAR-10)")
-        elif key in records:
-            left_out.append(f"{path.name} (a run of this seed is already there)")
-        else:
-            records[key] = record
-    return records, left_out
+    groups, left_out, defaults = {}, [], vars(make_parser().parse_args([]))
+    for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.name.split("-")[0]), file.name)):
+        try:
+            record = read_record(file)
+            free = {"arch", "train", "seed", "amp"}
+            changed = [o for o in OPTIONS if record[o] != defaults[o] and o not in free]
+            check({*changed} <= {"norm", "bn_init", "weight_init"}, "not the paper's recipe")
+            mode = ", ".join([record["train"], *(record[o] for o in changed)])
+            group = groups.setdefault((record["arch"], mode), [])
+            check(all(record["seed"] != r["seed"] for r in group), "another run of the same seed")
+            group.append({**record, "checkpoint": file.with_suffix(".pt")})
+        except (UserError, OSError, ValueError) as error:
+            left_out.append([file.name, one_line(error).replace(str(file), "it")])
+    return groups, left_out
 
+def column(group, table, name):
+    """The mean over records of a column of "prune", "activations" or "records": (rows,)."""
+    return np.mean([[row[name] for row in record[table]] for record in group if table in record], 0)
 
-def mean_and_std(values):
-    """Mean +- sample standard deviation over n seeds, as text; "-" where nothing was measured."""
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.2f} (n=1)"
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (n={len(values)})"
+def final(group):
+    """The test accuracies after the last epoch."""
+    return [record["test_accuracy"] for record in group]
 
+# --- tables
 
-def short(commit):
-    """The first digits of a commit, and "-dirty" where a file differed from it; "-" for None."""
-    return commit[:7] + commit[40:] if commit else "-"
+def print_table(title, header, rows):
+    """Print cells of text as an aligned Markdown table, without rows and columns of nothing but "-"."""
+    rows = [row for row in rows if {*row[1:]} - {"-"}]
+    columns = [[*cells] for cells in zip(header, *rows) if {*cells[1:]} != {"-"}]
+    for cells in columns:
+        width, right = max(map(len, cells)), all(re.match(r"[-+~]?\d|-?$", cell) for cell in cells[1:])
+        cells[:] = [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+        cells.insert(1, "-" * (width - right) + ":" * right)
+    if rows:
+        say("\n".join([f"\n## {title}\n", *(f"| {' | '.join(row)} |" for row in zip(*columns))]))
 
+def spread(values):
+    """Mean and sample standard deviation over n seeds as text, "-" if nothing was measured."""
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation} (n={len(values)})" if len(values) else "-"
 
-def print_results(folder, markdown):
-    """Print the table of networks and every table of accuracies that the paper's claims are about."""
-    print_table("Networks and their trainable parameters",
-                ["network", "depth", "width", "all", "BatchNorm", "shortcut conv", "output"],
-                specification_rows(), markdown)
-    records, left_out = read_records(folder)
-    accuracies = {}   # (arch, mode) -> the last-epoch test accuracy of each seed
-    for (arch, mode, _), record in records.items():
-        accuracies.setdefault((arch, mode), []).append(record["test_accuracy"])
+def result_tables(groups):
+    """Yield the tables of what was measured and published: (title, header, rows), all of them text."""
+    def cells(arch, *names):   # such as "bn" (ours) and "bn, paper"
+        return [PUBLISHED[name].get(arch, "-") if name in PUBLISHED else spread(final(groups.get((arch, name), [])))
+                for name in names]
 
-    def ours(arch, mode):
-        return mean_and_std(accuracies.get((arch, mode)))
+    def ladder(arch, *names):
+        counts = count_parameters(empty_model(arch))
+        return [arch, f"{counts['all']:,}", f"{counts['bn']:,}", *cells(arch, *names)]
 
-    def paper(arch, mode):
-        return PAPER.get((arch, mode), "-")
+    header = ["", "parameters", "BatchNorm", "bn", "bn, paper"]
+    names = ["bn", "bn, paper", "bn, reproduction", "all", "all, paper", "all, reproduction"]
+    for title, archs in ("Depth", DEEP), ("Width", [DEEP[0], *WIDE]):
+        yield title, [*header[:3], *names], [ladder(arch, *names) for arch in archs]
+    yield "Depth against width, with about as many BatchNorm parameters", header + header, [
+        ladder(deep, *names[:2]) + ladder(wide, *names[:2]) for deep, wide in zip(DEEP[1:], WIDE)]
+    modes = dict.fromkeys([*(name.split(", p")[0] for name in [*PUBLISHED][:4]), *(mode for _, mode in groups)])
+    archs = dict.fromkeys(arch for arch, _ in groups)
+    yield "What trains", ["", *(arch + source for arch in archs for source in ("", ", paper"))], [
+        [mode, *(cell for arch in archs for cell in cells(arch, mode, f"{mode}, paper"))] for mode in modes]
 
-    def bn_count(arch):
-        return f"{parameter_counts(empty_model(arch))['bn']:,}"
+    disabled, pruning, runs = [], [], []
+    for (arch, mode), group in groups.items():
+        if any("activations" in record for record in group):
+            rows = zip(*(record["activations"] for record in group if "activations" in record))
+            disabled.append([f"{arch} {mode}", *(spread([r["disabled"] for r in row]) for row in rows)])
+        if any("prune" in record for record in group):
+            pairs = zip(column(group, "prune", "change"), column(group, "prune", "pruned"))
+            pruning.append([f"{arch} {mode}", *(f"{change:+.2f} ({share:.1f})" for change, share in pairs)])
+        for record in group:
+            row = [f"{arch} {mode}", str(record["seed"]), record["amp"], f"{record['test_accuracy']:.2f}",
+                   f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.1f}"]
+            for part in record["parts"]:   # several if it was resumed
+                commit = part["commit"] or "unknown"
+                runs.append([*row, str(part["first_epoch"]), part["hardware"], part["torch"], commit[:7] + commit[40:]])
+                row = 5 * [""]
+    yield "Disabled features (%), by their ReLU", ["", *RELUS], disabled
+    yield ("Gammas below a threshold set to zero: change of accuracy in points (share of gammas, %)",
+           ["", *(f"< {threshold:g}" for threshold in THRESHOLDS)], pruning)
+    yield ("Runs: python train.py --arch ... --train ...",
+           ["", "--seed", "--amp", "accuracy", "hours", "from epoch", "hardware", "torch", "commit"], runs)
 
-    print_table("Depth: test accuracy (%) on CIFAR-10 after the last epoch",
-                ["network", "BN parameters", "BN-only", "paper", "TF garden", "all", "paper"],
-                [[arch, bn_count(arch), ours(arch, "bn"), paper(arch, "bn"), TF_GARDEN[arch],
-                  ours(arch, "all"), paper(arch, "all")] for arch in DEEP], markdown)
-    print_table("Width: test accuracy (%) on CIFAR-10 after the last epoch",
-                ["network", "BN parameters", "BN-only", "all"],
-                [[arch, bn_count(arch), ours(arch, "bn"), ours(arch, "all")] for arch in [DEEP[0], *WIDE]], markdown)
-    print_table("Depth against width at about as many BN parameters: BN-only test accuracy (%)",
-                ["deep", "BN parameters", "accuracy", "wide", "BN parameters", "accuracy"],
-                [[deep, bn_count(deep), ours(deep, "bn"), wide, bn_count(wide), ours(wide, "bn")]
-                 for deep, wide in PAIRS], markdown)
-    in_no_table = {arch for arch, mode in accuracies if arch not in DEEP + WIDE or mode not in ("all", "bn")}
-    columns = ["resnet14", "resnet110", "resnet866"]
-    columns += sorted(in_no_table - set(columns))
-    print_table("What trains: test accuracy (%) by --train",
-                ["--train", *(f"{arch}{suffix}" for arch in columns for suffix in ("", " (paper)"))],
-                [[mode, *(show(arch, mode) for arch in columns for show in (ours, paper))] for mode in MODES], markdown)
-    rows = [[arch, str(seed), f"{row['threshold']:g}", f"{row['pruned']:.2f}", f"{row['test_accuracy']:.2f}",
-             f"{row['change']:+.2f}"] for (arch, mode, seed), record in records.items() if mode == "bn"
-            for row in record.get("prune", [])]
-    print_table("Gammas set to zero after BN-only training",
-                ["network", "seed", "|gamma| <", "zeroed (%)", "accuracy (%)", "change (points)"],
-                rows or [["-"] * 6], markdown)
-    print_table("Runs, each of them: python train.py and",
-                ["options", "test accuracy (%)", "hours", "hardware", "torch", "code"],
-                [[f"--arch {record['arch']} --train {record['train']} --seed {record['seed']} --amp {record['amp']}",
-                  f"{record['test_accuracy']:.2f}", f"{record['seconds'] / 3600:.1f}", record["hardware"],
-                  record["torch"], short(record["commit"])] for record in records.values()] or [["-"] * 6], markdown)
-    if left_out:
-        print("Left out:", *left_out, sep="\n  ")
+# --- one network
 
+RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}   # how their names end
 
-# --------------------------------------------------------------------------------------------------- one network
+def histogram(values):
+    """A line of text for each bin of 0.05; the middle one is centred at zero, so that a spike there shows."""
+    counts, edges = np.histogram(values, np.arange(-41, 42, 2) / 40)
+    lines = [f"{edge + 0.025:+.2f} {share:6.2f} % {round(share) * '#'}".rstrip()
+             for edge, share in zip(edges, 100 * counts / len(values))]
+    return [*lines, f"beyond{100 - 100 * counts.sum() / len(values):6.2f} %"]
 
-def parameters_by_stage(model):
-    """{"stem", "stage1", "stage2", "stage3", "all"} -> (gammas, betas), float64 NumPy vectors."""
-    parts = {}
-    for name, bn in batchnorms(model):
-        parts.setdefault(name.split(".")[0] if name.startswith("stage") else "stem", []).append(bn)
-    parts["all"] = [bn for layers in parts.values() for bn in layers]
-    return {part: tuple(torch.cat([getattr(bn, kind).detach().cpu().double() for bn in layers]).numpy()
-                        for kind in ("weight", "bias")) for part, layers in parts.items()}
+def relu_table(model, images, labels, amp):
+    """How often each kind of ReLU "fires" and how many are "disabled", in percent, as one dict per kind."""
+    fired, relus = {}, {name: m for name, m in model.named_modules() if isinstance(m, nn.ReLU)}
 
+    def count(module, inputs, output):   # (B, C, H, W) -> (C,), the share of all positions that are positive
+        fired[module] = fired.get(module, 0) + (output > 0).double().mean((2, 3)).sum(0).cpu() / len(images)
 
-def share_below(values, threshold):
-    """Percentage of the values whose absolute value is below the threshold."""
-    return 100 * np.mean(np.abs(values) < threshold)
-
-
-def histogram(values, bins=21, width=50):
-    """A text histogram, one line a bin; the middle bin is centred at zero, so that a spike there shows."""
-    limit = max(np.abs(values).max(), 1e-12)
-    counts, edges = np.histogram(values, bins, (-limit, limit))
-    centers = (edges[:-1] + edges[1:]) / 2
-    bars = ["#" * round(width * count / counts.max()) for count in counts]
-    return [f"{round(center, 4) + 0.0:+9.4f} {100 * count / len(values):6.2f} % {bar}".rstrip()   # 0.0: no "-0.0000"
-            for center, count, bar in zip(centers, counts, bars)]
-
-
-def firing_frequency(model, images, labels, amp):
-    """How often each feature's ReLU is positive, over all test images and positions, and the test accuracy.
-
-    Returns ({"inside a block": ..., "after the addition": ..., "all": ...}, accuracy): frequencies in 0 .. 1, one for
-    each feature. The stem's ReLU is neither inside nor after an addition; it counts in "all".
-    """
-    fired = {}   # name of the ReLU -> (channels,) how many positions were positive
-    sizes = {}
-
-    def count(name):
-        def hook(module, inputs, output):   # output: (B, C, H, W)
-            fired[name] = fired.get(name, 0) + (output > 0).sum((0, 2, 3))
-            sizes[name] = sizes.get(name, 0) + output[:, 0].numel()
-        return hook
-
-    handles = [module.register_forward_hook(count(name)) for name, module in model.named_modules()
-               if isinstance(module, nn.ReLU)]
-    accuracy = evaluate(model, images, labels, amp)
+    handles = [module.register_forward_hook(count) for module in relus.values()]
+    evaluate(model, images, labels, amp)
     for handle in handles:
         handle.remove()
-    frequency = {name: fired[name].cpu().double().numpy() / sizes[name] for name in fired}
-    return {kind: np.concatenate([values for name, values in frequency.items() if name.endswith(ending)])
-            for kind, ending in (("inside a block", "relu1"), ("after the addition", "relu2"), ("all", ""))}, accuracy
+    shares = {kind: torch.cat([fired[module] for name, module in relus.items() if name.endswith(end)])
+              for kind, end in RELUS.items()}
+    return [{"relu": kind, "features": len(share), "fires": 100 * share.mean().item(),
+             "disabled": 100 * (share < 0.01).double().mean().item()} for kind, share in shares.items()]
 
-
-def print_network(path, args, device):
-    """Print gamma and beta of one checkpoint and, with --activations, how often its ReLUs fire."""
-    checkpoint = load_checkpoint(path)
-    options = checkpoint["options"]
-    model = restore_model(checkpoint, path)
-    print(f"{path}: {options['arch']}, --train {options['train']}, seed {options['seed']}, epoch "
-          f"{checkpoint['epoch']} of {options['epochs']}, {options['dataset']}\n")
-    parts = parameters_by_stage(model)
-    thresholds, levels = THRESHOLDS[1:], [0, 5, 25, 50, 75, 95, 100]
-    for kind, name in enumerate(("gamma", "beta")):
-        print_table(f"Share of {name}s (%) with |{name}| below", ["", "count", *(f"{t:g}" for t in thresholds)],
-                    [[part, f"{len(pair[kind]):,}", *(f"{share_below(pair[kind], t):.2f}" for t in thresholds)]
-                     for part, pair in parts.items()], args.markdown)
-        print_table(f"Quantiles of {name}", ["", *(f"{level} %" for level in levels)],
-                    [[part, *(f"{q:.4f}" for q in np.percentile(pair[kind], levels))]
-                     for part, pair in parts.items()], args.markdown)
-        fence = ["```"] if args.markdown else []
-        print(f"Histogram of {name}, all layers", *fence, *histogram(parts["all"][kind]), *fence, "", sep="\n")
+def print_network(checkpoint, args):
+    """Print gamma and beta of one network and, with --activations, how often its ReLUs fire."""
+    model, state = load_checkpoint(checkpoint)
+    layers, options = gammas_and_betas(model), state["options"]
     if args.activations:
-        model.to(device, memory_format=torch.channels_last)
-        images, labels = load_test_data(checkpoint, args, device)
-        frequencies, accuracy = firing_frequency(model, images, labels, options["amp"])
-        print_table(f"ReLUs on the test set (accuracy {accuracy:.2f} %): disabled means firing on < 1 % of positions",
-                    ["ReLU", "features", "fires on average (%)", "disabled (%)"],
-                    [[kind, f"{len(f):,}", f"{100 * f.mean():.2f}", f"{100 * (f < 0.01).mean():.2f}"]
-                     for kind, f in frequencies.items()], args.markdown)
+        model.to(args.device, memory_format=torch.channels_last)
+        relus = relu_table(model, *load_test_data(state, args), options["amp"])
+        if args.dataset in (None, options["dataset"]):
+            add_to_record(checkpoint, state, "activations", relus)
+    say(f"# {checkpoint}\n\n--arch {options['arch']} --train {options['train']} --seed {options['seed']}")
+    rows = []
+    for stage in "stem", "stage1", "stage2", "stage3", "all":
+        gamma = torch.cat([gamma.detach().cpu().abs().flatten() for name, gamma, _ in layers
+                           if stage in ("all", re.sub("^(bn|conv)$", "stem", name.split(".")[0]))])
+        shares = (100 * (gamma < t).double().mean().item() for t in THRESHOLDS[1:])
+        rows.append([stage, f"{len(gamma):,}", *(f"{share:.2f}" for share in shares)])
+    print_table("Gammas with an absolute value below (%)", ["", "count", *map(str, THRESHOLDS[1:])], rows)
+    for title, i in ("gamma", 1), ("beta", 2):
+        values = torch.cat([layer[i].detach().cpu().flatten().double() for layer in layers]).numpy()
+        say("\n".join([f"\n## Distribution of {title}\n\n```", *histogram(values), "```"]))
+    if args.activations:
+        print_table("ReLUs on the test images (%)", [*relus[0]], [
+            [row["relu"], str(row["features"]), f"{row['fires']:.2f}", f"{row['disabled']:.2f}"]
+            for row in relus])
 
+# --- figures
+
+# Colours of Okabe and Ito that show on white and on black, and the text of the legend.
+LOOKS = {"bn": ("#3A8FD0", "only BatchNorm"), "wide": ("#CC79A7", "only BatchNorm, wider"),
+         "all": ("#D55E00", "everything"), "random": ("#009E73", "as many random weights")}
+STYLE = {"svg.hashsalt": "0", "figure.facecolor": "none", "axes.facecolor": "none",
+         "axes.spines.top": False, "axes.spines.right": False, "axes.xmargin": 0.14,
+         **{f"{part}color": "#808080" for part in (
+             "axes.edge", "axes.label", "xtick.", "ytick.", "text.")}}
+
+def gamma_histogram(group):
+    """(share of |gamma| per 0.05 in percent, edges of the bins), from checkpoints or else the prune tables."""
+    files = [record["checkpoint"] for record in group if record["checkpoint"].exists()]
+    if files:
+        values = torch.cat([gammas(load_checkpoint(file)[0]).abs() for file in files])
+        counts, edges = np.histogram(values, np.arange(32) / 20)
+        return 100 * counts / len(values), edges
+    edges = np.array([0, 0.05, 0.1, 0.2])
+    return np.diff(column(group, "prune", "pruned")[[0, 4, 5, 6]]) * 0.05 / np.diff(edges), edges
+
+def figures(groups):
+    """The matplotlib figures by name. A line's gid tells what it shows."""
+    import matplotlib.figure
+    matplotlib.rcParams.update(STYLE)
+
+    def new(x_label, y_label="test accuracy (%)", panels=1):
+        figure = matplotlib.figure.Figure((7.5, 4), layout="constrained")
+        axes = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
+        axes[0].set(xlabel=x_label, ylabel=y_label)
+        return figure, axes
+
+    def name(ax, text, x, y, color, left=False):   # beside a point
+        ax.annotate(text, (x, y), (-6, 3) if left else (6, -8), textcoords="offset points",
+                    ha="right" if left else "left", color=color)
+
+    ladders, [ax] = new("BatchNorm parameters")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    for look, mode, archs in ("bn", "bn", DEEP), ("wide", "bn", WIDE), ("random", "random", DEEP):
+        color, label = LOOKS[look]
+        count = {arch: count_parameters(empty_model(arch))["bn"] for arch in archs}
+        ours = {count[arch]: final(groups[arch, mode]) for arch in archs if (arch, mode) in groups}
+        if ours:
+            deviation = [np.std(v, ddof=len(v) > 1) for v in ours.values()]
+            ax.errorbar(ours.keys(), [*map(np.mean, ours.values())], deviation, fmt="o-",
+                        capsize=3, color=color, label=label, gid=look)
+        if mode == "bn":
+            paper = [np.mean([*map(float, PUBLISHED["bn, paper"][arch].strip("~").split("-"))]) for arch in archs]
+            ax.plot(count.values(), paper, "o:", mfc="none", color=color, label=f"{label}, paper", gid=f"{look}, paper")
+            for arch, y in zip(archs, paper):
+                name(ax, arch, count[arch], y, color, look == "bn")
+
+    panels = [arch for arch in DEEP if (arch, "bn") in groups] or DEEP[:1]
+    spikes, axes = new("|gamma|", "gammas in a bin of 0.05 (%)", len(panels))
+    (pruning, [zeroed]), (curves, [ax]) = new("gammas set to zero (%)"), new("epoch")
+    for (arch, mode), group in groups.items():
+        if mode not in LOOKS or arch not in panels:
+            continue
+        line = {"color": LOOKS[mode][0], "label": LOOKS[mode][1], "gid": f"{arch} {mode}"}
+        if any("prune" in record for record in group):
+            x, y = column(group, "prune", "pruned"), column(group, "prune", "test_accuracy")
+            zeroed.plot(x, y, "o-", **line)
+            name(zeroed, arch, x[-1], y[-1], line["color"])
+            if mode != "random":
+                axes[panels.index(arch)].stairs(*gamma_histogram(group), **line)
+                axes[panels.index(arch)].set(title=arch, xlabel="|gamma|")
+        if mode == "bn" or arch == DEEP[0]:
+            y = column(group, "records", "test_accuracy")
+            ax.plot(range(1, 161), y, **line)
+            name(ax, arch, 160, y[-1], line["color"])
+    return {"accuracy": ladders, "gamma": spikes, "pruning": pruning, "epochs": curves}
+
+def draw(groups, folder):
+    """Write the figures as SVG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures(groups).items():
+        handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        say(f"wrote {folder / name}.svg")
+
+# --- command line
 
 def main():
-    parser = Parser(description="Print the paper's tables from the records of finished runs, or, for checkpoints, "
-                                "the distribution of gamma and beta.")
-    parser.add_argument("checkpoints", nargs="*", type=pathlib.Path, metavar="ckpt.pt", help="written by train.py")
-    parser.add_argument("--activations", action="store_true", help="also how often each ReLU fires on the test set")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results",
-                        metavar="DIR", help="the folder of records (default: results, beside this script)")
-    add_data_arguments(parser)
+    results = pathlib.Path(__file__).parent / "results"
+    parser = argparse.ArgumentParser(description="Print or draw the results of all runs, or look into checkpoints.")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=os.path.expanduser, metavar="x.pt", help="written by train.py")
+    add("--activations", action="store_true", help="also how often the ReLUs of the checkpoints fire")
+    add("--results", type=os.path.expanduser, default=results, metavar="DIR", help="the folder of the records")
+    add("--plot", type=os.path.expanduser, nargs="?", const=results / "figures", metavar="DIR", help="draw into DIR")
+    add_data_arguments(parser, None)
     args = parser.parse_args()
-    if args.activations and not args.checkpoints:
-        parser.error("--activations needs a checkpoint")
-    device = choose_device(args.device)
-    for path in args.checkpoints:
-        print_network(path, args, device)
-    if not args.checkpoints:
-        if not args.results.is_dir():
-            raise Problem(f"--results {args.results}: no such folder", 2)
-        print_results(args.results, args.markdown)
-
+    if bool(args.checkpoints) < bool(args.activations) or not os.path.isdir(args.results):
+        parser.error("--activations needs checkpoints, and --results a folder")
+    for checkpoint in args.checkpoints:
+        print_network(checkpoint, args)
+    if args.checkpoints:
+        return
+    groups, left_out = read_results(pathlib.Path(args.results))
+    if args.plot:
+        try:
+            return draw(groups, pathlib.Path(args.plot))
+        except ImportError:
+            raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    say(INTRODUCTION, end="")
+    for table in *result_tables(groups), ("Left out", ["file", "reason"], left_out):
+        print_table(*table)
 
 if __name__ == "__main__":
     run(main)

@@ -46,19 +46,19 @@ def prune_table(model, images, labels, amp, thresholds):
 
 def read_record(path):
     """The record of a complete run as train.py wrote it, a dict. Raises UserError if the file is no such record."""
+    content = path.read_bytes()
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(content)
         options = check_run({name: record[name] for name in OPTIONS if name in record}, record["records"])
         check(len(record["records"]) == options["epochs"], "epochs are missing")
         check(record["test_accuracy"] == record["records"][-1]["test_accuracy"], "its accuracy is not the last epoch's")
         check(all(part["first_epoch"] <= options["epochs"] and isinstance(part["commit"] or "", str)
                   and part["hardware"] + part["torch"] for part in record["parts"]), "its parts are incomplete")
-        columns = {"prune": ["pruned", "test_accuracy", "change"], "activations": ["fires", "disabled"]}
-        check(all(-100 * (name == "change") <= row[name] <= 100 for table in columns for row in record.get(table, [])
-                  for name in columns[table]), "its tables are impossible")
+        for table, n, names in ("prune", 7, ["pruned", "test_accuracy", "change"]), ("activations", 3, ["disabled"]):
+            if table in record:
+                check(len(record[table]) == n and all(-100 <= row[name] <= 100 for row in record[table]
+                                                      for name in names), f"its table {table} is impossible")
         return {**record, **options}
-    except OSError:
-        raise
     except Exception as error:   # whatever a foreign file leads to
         raise UserError(f"{path} is not the record of a run ({one_line(error):.200})") from None
 
