@@ -15,8 +15,7 @@ from torch import nn
 
 from models import count_parameters, empty_model, gammas_and_betas, parse_arch
 from prune import THRESHOLDS, add_to_record, gammas, load_test_data, read_record
-from train import (OPTIONS, UserError, add_data_arguments, check, evaluate, load_checkpoint, make_parser, one_line,
-                   run, say)
+from train import UserError, add_data_arguments, check, evaluate, load_checkpoint, make_parser, one_line, run, say
 
 INTRODUCTION = """# Results
 
@@ -47,11 +46,10 @@ def read_results(folder):
     for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.name.split("-")[0]), file.name)):
         try:
             record = read_record(file)
-            free = {"arch", "train", "seed", "amp"}
-            changed = [o for o in OPTIONS if record[o] != defaults[o] and o not in free]
-            check({*changed} <= {"norm", "bn_init", "weight_init"}, "not the paper's recipe")
-            mode = ", ".join([record["train"], *(record[o] for o in changed)])
-            group = groups.setdefault((record["arch"], mode), [])
+            changed = [o for o in record if o in defaults and record[o] != defaults[o]]
+            check(not {"dataset", "epochs", "batch_size", "lr", "weight_decay"} & {*changed}, "not the paper's recipe")
+            variants = [record[o] for o in changed if o in ("norm", "bn_init", "weight_init")]
+            group = groups.setdefault((record["arch"], ", ".join([record["train"], *variants])), [])
             check(all(record["seed"] != r["seed"] for r in group), "another run of the same seed")
             group.append({**record, "checkpoint": file.with_suffix(".pt")})
         except (UserError, OSError, ValueError) as error:
@@ -107,15 +105,17 @@ def result_tables(groups):
 
     disabled, pruning, runs = [], [], []
     for (arch, mode), group in groups.items():
-        if any("activations" in record for record in group):
-            rows = zip(*(record["activations"] for record in group if "activations" in record))
-            disabled.append([f"{arch} {mode}", *(spread([r["disabled"] for r in row]) for row in rows)])
+        tables = [record["activations"] for record in group if "activations" in record]
+        if tables:
+            shares = [[row["disabled"] for row in rows] for rows in zip(*tables)]
+            disabled.append([f"{arch} {mode}", *map(spread, shares)])
         if any("prune" in record for record in group):
             pairs = zip(column(group, "prune", "change"), column(group, "prune", "pruned"))
             pruning.append([f"{arch} {mode}", *(f"{change:+.2f} ({share:.1f})" for change, share in pairs)])
         for record in group:
-            row = [f"{arch} {mode}", str(record["seed"]), record["amp"], f"{record['test_accuracy']:.2f}",
-                   f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.1f}"]
+            hours = sum(epoch["seconds"] for epoch in record["records"]) / 3600
+            accuracy = f"{record['test_accuracy']:.2f}"
+            row = [f"{arch} {mode}", str(record["seed"]), record["amp"], accuracy, f"{hours:.1f}"]
             for part in record["parts"]:   # several if it was resumed
                 commit = part["commit"] or "unknown"
                 runs.append([*row, str(part["first_epoch"]), part["hardware"], part["torch"], commit[:7] + commit[40:]])
@@ -156,27 +156,27 @@ def relu_table(model, images, labels, amp):
 def print_network(checkpoint, args):
     """Print gamma and beta of one network and, with --activations, how often its ReLUs fire."""
     model, state = load_checkpoint(checkpoint)
-    layers, options = gammas_and_betas(model), state["options"]
+    relus, options = [], state["options"]
     if args.activations:
         model.to(args.device, memory_format=torch.channels_last)
         relus = relu_table(model, *load_test_data(state, args), options["amp"])
         if args.dataset in (None, options["dataset"]):
             add_to_record(checkpoint, state, "activations", relus)
+    names, gammas, betas = zip(*gammas_and_betas(model.cpu()))
+    gammas, betas = ([v.detach().flatten().numpy() for v in vectors] for vectors in (gammas, betas))
     say(f"# {checkpoint}\n\n--arch {options['arch']} --train {options['train']} --seed {options['seed']}")
-    rows = []
-    for stage in "stem", "stage1", "stage2", "stage3", "all":
-        gamma = torch.cat([gamma.detach().cpu().abs().flatten() for name, gamma, _ in layers
-                           if stage in ("all", re.sub("^(bn|conv)$", "stem", name.split(".")[0]))])
-        shares = (100 * (gamma < t).double().mean().item() for t in THRESHOLDS[1:])
-        rows.append([stage, f"{len(gamma):,}", *(f"{share:.2f}" for share in shares)])
+    stages = {}
+    for name, gamma in zip(names, gammas):
+        stage = name.split(".")[0].replace("bn", "stem")
+        stages[stage] = np.append(stages.get(stage, []), gamma)
+    stages["all"] = np.concatenate(gammas)
+    rows = [[stage, f"{len(gamma):,}", *(f"{100 * np.mean(abs(gamma) < t):.2f}" for t in THRESHOLDS[1:])]
+            for stage, gamma in stages.items()]
     print_table("Gammas with an absolute value below (%)", ["", "count", *map(str, THRESHOLDS[1:])], rows)
-    for title, i in ("gamma", 1), ("beta", 2):
-        values = torch.cat([layer[i].detach().cpu().flatten().double() for layer in layers]).numpy()
-        say("\n".join([f"\n## Distribution of {title}\n\n```", *histogram(values), "```"]))
-    if args.activations:
-        print_table("ReLUs on the test images (%)", [*relus[0]], [
-            [row["relu"], str(row["features"]), f"{row['fires']:.2f}", f"{row['disabled']:.2f}"]
-            for row in relus])
+    say("\n".join(["\n## Distribution of gamma\n\n```", *histogram(stages["all"]), "```"]))
+    say("\n".join(["\n## Distribution of beta\n\n```", *histogram(np.concatenate(betas)), "```"]))
+    print_table("ReLUs on the test images (%)", ["", "features", "fires", "disabled"], [
+        [r["relu"], str(r["features"]), f"{r['fires']:.2f}", f"{r['disabled']:.2f}"] for r in relus])
 
 # --- figures
 

@@ -1,8 +1,7 @@
-"""Tests: pytest -q (two minutes on two cores, no network). Two more are slow: pytest -q -k slow.
+"""Tests: pytest -q (two minutes on two cores, no network), and with real SIGKILLs: pytest -q -k slow.
 
 Set CIFAR10_DIR to the folder that holds cifar-10-batches-py to run the tests on real images, too.
 """
-import argparse
 import itertools
 import json
 import math
@@ -39,12 +38,10 @@ CHECKPOINTS = [path.with_suffix(".pt") for path in RESULTS if path.with_suffix("
 COUNTS = {
     "resnet14": (175_258, 1_120), "resnet32": (466_906, 2_464), "resnet56": (855_770, 4_256),
     "resnet110": (1_730_714, 8_288), "resnet218": (3_480_602, 16_352), "resnet434": (6_980_378, 32_480),
-    "resnet866": (13_979_930, 64_736), "wrn14-1": (175_258, 1_120), "wrn14-2": (696_618, 2_240),
-    "wrn14-4": (2_777_674, 4_480), "wrn14-8": (11_093_130, 8_960), "wrn14-16": (44_337_418, 17_920),
-    "wrn14-32": (177_279_498, 35_840)}
+    "resnet866": (13_979_930, 64_736), "wrn14-2": (696_618, 2_240), "wrn14-4": (2_777_674, 4_480),
+    "wrn14-8": (11_093_130, 8_960), "wrn14-16": (44_337_418, 17_920), "wrn14-32": (177_279_498, 35_840)}
 
 SYNTHETIC = train.synthetic_data(0)
-# Batches of 16, 16 and 8 images.
 SMALL = ["--arch", "resnet8", "--dataset", "synthetic", "--device", "cpu", "--batch-size", "16", "--epochs", "3"]
 
 def batch(n=16, first=0, dtype=torch.float32):
@@ -127,35 +124,19 @@ def test_parameter_counts(arch):
     assert {name: counts[name] for name in expected} == expected
 
 @pytest.mark.parametrize("arch, seed, pin", [
-    ("resnet14", 0, (10543.398608782, 167.217023304)),
-    ("resnet866", 0, (753849.633340992, 8139.451380297)),
-    ("wrn14-2", 7, (29478.862949638, 268.550731771))])
+    ("resnet14", 0, (10543.398608782, 167.217023304)), ("wrn14-2", 7, (29478.862949638, 268.550731771)),
+    ("resnet866", 0, (753849.633340992, 8139.451380297))])
 def test_pinned_initial_values(arch, seed, pin):
     """Sums of |w| and of w times its position, pinned with the first release."""
     model, other = models.build_model(arch, seed), models.build_model(arch, 1)
     assert models.fingerprint(model.parameters()) == pytest.approx(pin, rel=1e-9)
     assert models.fingerprint(other.parameters()) != pytest.approx(pin, rel=1e-6)
 
-def test_distribution_of_initial_values():
-    """kaiming_normal and uniform gamma, as in OpenLTH, the authors' code."""
-    model = models.build_model("wrn14-8", 0)
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.numel() > 5_000:
-            std = math.sqrt(2 / module.weight[0].numel())
-            assert module.weight.std().item() == pytest.approx(std, rel=0.03)
-        elif isinstance(module, nn.BatchNorm2d):
-            assert module.running_var.eq(1).all()
-            assert not module.bias.any() and not module.running_mean.any()
-    gamma, bias = prune.gammas(model), model.fc.bias.abs()
-    assert 0 <= gamma.min() < 0.01 and 0.99 < gamma.max() <= 1
-    assert 0.48 < gamma.mean() < 0.52 and 0 < bias.max() <= 512 ** -0.5
-
 def functional_forward(model, x):
     """The network from its tensors alone: He et al.'s basic blocks in torch.nn.functional."""
     def bn(x, m):
         mean, var = m.running_mean.clone(), m.running_var.clone()
         return F.batch_norm(x, mean, var, m.weight, m.bias, m.training, 0.1, 1e-5)
-
     x = F.relu(bn(F.conv2d(x, model.conv.weight, padding=1), model.bn))
     for stage in model.stage1, model.stage2, model.stage3:
         for i, block in enumerate(stage):
@@ -217,7 +198,6 @@ def test_other_initializations():
     def first(**init):
         model = models.build_model("resnet14", 0, **init)
         return model.bn.weight, model.bn.bias, model.stage3[1].conv1.weight.flatten(1)
-
     u, zero, w = first()
     for init, gamma, beta in ("fixed", 0 * u + 1, 0), ("oneone", 0 * u + 1, 1), ("positivenegative", 2 * u - 1, 0):
         new_gamma, new_beta, new_w = first(bn_init=init)
@@ -240,10 +220,8 @@ def test_augmentation_is_uniform():
         assert len(share) == n and (share - 1 / n).abs().max() < 0.01   # 4 standard deviations or more
 
 def raises(error):
-    """A function that raises this exception, whatever its arguments."""
     def function(*args, **kwargs):
         raise error
-
     return function
 
 @pytest.mark.parametrize("name", ["data_batch_1", "../cifar-10-python.tar.gz"])
@@ -323,12 +301,10 @@ def augmented(image, offset, flip):
 def test_epochs_of_a_run(tiny, monkeypatch):
     """Every epoch: its learning rate, each image once, with its label, its crop and flip, and the mean loss."""
     steps, step = [], train.train_step
-
     def watch(model, optimizer, scaler, images, labels, amp):
         result = step(model, optimizer, scaler, images, labels, amp)
         steps.append((optimizer.param_groups[0]["lr"], images, labels, *result))
         return result
-
     monkeypatch.setattr(train, "train_step", watch)
     assert command(train, *SMALL, "--epochs", 4, "--seed", 5, "--out", "a.pt") == 0
     (all_images, all_labels), generator = tiny[0], torch.Generator().manual_seed(5)
@@ -358,16 +334,16 @@ def test_defaults_are_the_papers(monkeypatch):
               "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "amp": "off"}
     assert {name: getattr(args, name) for name in train.OPTIONS} == recipe
     assert args.out == pathlib.Path("runs/resnet866-bn-s0.pt") and args.data_dir == "data"
+    args = parsed(monkeypatch, "--data-dir=~/x", "--out=~/x.pt")   # a shell leaves such a ~ as it is
+    assert (args.data_dir, args.out) == (os.path.expanduser("~/x"), pathlib.Path.home() / "x.pt")
 
-@pytest.mark.parametrize("device, bf16, amp", [
-    ("cuda", True, "bf16"), ("cuda", False, "fp16"), ("cpu", True, "off")])
+@pytest.mark.parametrize("device, bf16, amp", [("cuda", True, "bf16"), ("cuda", False, "fp16"), ("cpu", True, "off")])
 def test_amp_auto(device, bf16, amp, monkeypatch):
     monkeypatch.setattr(train, "parse_device", torch.device)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: bf16 or emulated)
     assert parsed(monkeypatch, "--device", device).amp == amp
 
-@pytest.mark.parametrize("amp, dtype", [
-    ("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)])
+@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)])
 def test_precision_of_convolutions(amp, dtype):
     model, step, *_ = prepared("--bn-only", "--amp", amp)
     seen = []
@@ -409,19 +385,6 @@ def test_fast_equals_plain(mode, device, dtype, lr, tolerance):
     assert (update - plain_update).norm() < tolerance * plain_update.norm()
     assert losses.std() > 0.01
 
-@pytest.mark.parametrize("mode", ["bn", "all", "random"])
-def test_frozen_weights_cast_once_give_the_result_of_autocast(mode, monkeypatch):
-    """Bit for bit the steps in which autocast casts them."""
-    results, step = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *args: step(*args[:-1], "bf16"))
-    for amp in "bf16", "off":
-        model, one_step, *_ = prepared("--train", mode, "--amp", amp)
-        frozen = {p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad}
-        assert frozen == (set() if mode == "all" else {train.AMP_DTYPES[amp]})
-        losses = [one_step(*batch())[0] for _ in range(3)]
-        results.append([*losses, trained_of(model)])
-    assert all(map(torch.equal, *results))
-
 @pytest.mark.parametrize("run", ["--bn-only", "--train all", "--train random", "--bn-only --norm weight"])
 def test_five_compilations_whatever_the_depth(run):
     """Identity shortcuts in three stages, projections in two."""
@@ -429,7 +392,6 @@ def test_five_compilations_whatever_the_depth(run):
         compilations.append(graph)
         assert not any(isinstance(value, torch.SymInt) for value in inputs)   # static sizes
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
     for arch in "resnet14", "resnet32":
         torch._dynamo.reset()
         compilations = []
@@ -446,14 +408,12 @@ def test_five_compilations_whatever_the_depth(run):
 def test_no_operation_of_a_step_waits_for_the_device(mode, amp):
     """A GPU would wait, and a CUDA graph can't hold it: reading a number, a size that depends on data."""
     seen = set()
-
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
             seen.add(function.name())
             if function.name() in ("aten::index.Tensor", "aten::index_put_"):
                 assert not any(index is not None and index.dtype == torch.bool for index in args[1])
             return function(*args, **(kwargs or {}))
-
     _, step, *_ = prepared("--train", mode, "--amp", amp)
     order, offset, flip = train.draw_augmentation(16, torch.Generator())
     padded, labels = F.pad(SYNTHETIC[0][0][:16], (0, 0, 4, 4, 4, 4)), batch()[1]
@@ -472,18 +432,15 @@ RUNS = [*(f"--train {mode}" for mode in [*models.PARTS, "all", "random"]),
 def test_resume_is_bit_for_bit(run, tiny, monkeypatch, capsys):
     words, steps, step = [*SMALL, *run.split()], itertools.count(1), train.train_step
     assert command(train, *words, "--out", "whole.pt") == 0
-
     def stops_in_epoch_2(*args):
         if next(steps) == 5:
             signal.raise_signal(signal.SIGINT if "bn" in run else signal.SIGTERM)
         return step(*args)
-
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", stops_in_epoch_2)
         assert error_of(capsys, 1, train, *words, "--out", "a.pt") == "train.py: error: stopped"
     assert command(train, *words, "--out", "a.pt", "--resume") == 0
     assert content_of("a.pt") == content_of("whole.pt")
-
     model, state = train.load_checkpoint("a.pt")
     record, log = prune.read_record(pathlib.Path("a.json")), pathlib.Path("a.jsonl").read_text()
     assert [*map(json.loads, log.splitlines())] == record["records"] == state["records"]
@@ -492,7 +449,6 @@ def test_resume_is_bit_for_bit(run, tiny, monkeypatch, capsys):
     assert record["parts"] == state["parts"] == [{"first_epoch": 1, **part}, {"first_epoch": 2, **part}]
     assert record["parameters"]["trained"] == len(trained_of(built(*run.split())))
     assert bool(state["scaler"]) == ("fp16" in run)
-
     save = "a.pt", "--thresholds", 0.3, "--save", "b.pt"
     if models.gammas_and_betas(model)[0][1].requires_grad:
         assert command(prune, *save) == 0 and (prune.gammas(model).abs() < 0.3).any()
@@ -507,7 +463,6 @@ def test_resume_is_bit_for_bit(run, tiny, monkeypatch, capsys):
 def test_every_interrupted_write(call, tiny, monkeypatch, capsys):
     """Whichever write of three epochs fails, no file is partial, and --resume gives the same run."""
     words, original, calls = [*SMALL, "--bn-only", "--out"], getattr(os, call), []
-
     def fails(target, *args):
         calls.append(target)
         if len(calls) == k:
@@ -515,15 +470,13 @@ def test_every_interrupted_write(call, tiny, monkeypatch, capsys):
                 os.ftruncate(target, os.fstat(target).st_size // 2)
             raise OSError(28, "No space left on device")
         original(target, *args)
-
     for k, complete in [(0, 3), *enumerate([0, 0, 1, 1, 2, 2, 2], 1)]:
         calls.clear()
         out, record, log = (pathlib.Path(f"{k}.{suffix}") for suffix in ("pt", "json", "jsonl"))
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fails)
             assert command(train, *words, out) == (k > 0) and len(calls) == (k or 7)
-        error = capsys.readouterr().err
-        assert k == 0 or "can't be written (No space left on device)" in error
+        assert k == 0 or "can't be written (No space left on device)" in capsys.readouterr().err
         assert (len(records_of(out)) if out.exists() else 0) == complete
         assert not log.exists() or [*map(json.loads, log.read_text().splitlines())]
         assert not record.exists() or prune.read_record(record)
@@ -531,8 +484,9 @@ def test_every_interrupted_write(call, tiny, monkeypatch, capsys):
         assert content_of(out) == content_of("0.pt")
 
 def test_bn_only_resnet866_checkpoint_is_small(tiny):
-    args, out = options("--arch", "resnet866", "--bn-only"), pathlib.Path("a.pt")
-    _, state = train.start(argparse.Namespace(**{**vars(args), "out": out}))
+    args = options("--arch", "resnet866", "--bn-only")
+    args.out = out = pathlib.Path("a.pt")
+    _, state = train.start(args)
     state["momentum"].normal_()
     record = dict.fromkeys(train.RECORD, 1 / 3)
     state["records"] = [{**record, "epoch": epoch + 1} for epoch in range(160)]
@@ -542,7 +496,6 @@ def test_bn_only_resnet866_checkpoint_is_small(tiny):
     assert torch.equal(loaded["momentum"], state["momentum"])
 
 def test_load_checkpoint_in_a_notebook(checkpoint, tiny):
-    """A path as text or as pathlib.Path gives a network that is ready to use."""
     (model, state), (other, _) = map(train.load_checkpoint, (checkpoint, str(checkpoint)))
     x, accuracy = train.normalize(tiny[1][0]), functional_accuracy(model, *tiny[1])
     assert torch.equal(model(x), model(x)) and torch.equal(model(x), other(x))
@@ -553,7 +506,6 @@ def test_commit_only_if_git_tracks_train_py(tmp_path, monkeypatch):
     def git(*words):
         identity = "-c", "user.name=a", "-c", "user.email=a@b"
         return subprocess.check_output(["git", "-C", tmp_path, *identity, *words], text=True).strip()
-
     monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
     (tmp_path / "train.py").touch()
     for words in ["init", "-q"], ["add", "train.py"]:
@@ -564,7 +516,6 @@ def test_commit_only_if_git_tracks_train_py(tmp_path, monkeypatch):
 
 class Code:
     """A pickle that would create a folder."""
-
     def __reduce__(self):
         return os.mkdir, ("code-ran",)
 
@@ -592,13 +543,12 @@ def test_damaged_and_hostile_checkpoints(damage, says, checkpoint, capsys):
         assert "a.pt is not a valid checkpoint" in error_of(capsys, 1, script, *words)
     assert checkpoint.read_bytes() == content and not pathlib.Path("code-ran").exists()
 
-@pytest.mark.parametrize("last", [0, 3000])
-def test_cuts_and_flipped_bits_are_refused(last, checkpoint):
+def test_cuts_and_flipped_bits_are_refused(checkpoint):
     """Anywhere in the file, and in the zip directory at its end."""
     content, rng = checkpoint.read_bytes(), np.random.RandomState(0)
     pathlib.Path("b.pt").write_bytes(content)
-    for i in range(300):
-        position = rng.randint(len(content) - last if last else 0, len(content))
+    for i in range(600):
+        position = rng.randint(i % 2 * (len(content) - 3000), len(content))
         bit = bytes([content[position] ^ 1 << rng.randint(8)])
         damaged = content[:position] + (bit + content[position + 1:] if i % 3 else b"")
         checkpoint.write_bytes(damaged)
@@ -643,24 +593,10 @@ def test_prune_adds_its_table_to_the_record_once(checkpoint, capsys):
     assert [row["threshold"] for row in table] == [0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
     printed = [line.split()[0:4:3] for line in capsys.readouterr().out.splitlines()[-7:]]
     assert printed == [[f"{row['threshold']:g}", f"{row['test_accuracy']:.2f}"] for row in table]
-    path.write_text(text := json.dumps({**plain, "prune": table[:1]}))
-    assert command(prune, "a.pt") == 0
-    assert path.read_text() == text
-
-@pytest.mark.parametrize("change", [
-    lambda r: r.update(seed=None), lambda r: r.update(test_accuracy=10 ** 400),
-    lambda r: r["records"].pop(), lambda r: r["records"][0].update(train_loss=3.0),
-    lambda r: r["parts"][0].pop("hardware"), lambda r: r.update(prune=[{"threshold": 0}]),
-    lambda r: b"[]", lambda r: b"no JSON", lambda r: b"\xff"])
-def test_prune_leaves_a_foreign_record_as_it_is(change, checkpoint, capsys):
-    record = json.loads(pathlib.Path("a.json").read_text())
-    content = change(record)
-    content = content if isinstance(content, bytes) else json.dumps(record).encode()
-    pathlib.Path("a.json").write_bytes(content)
-    assert command(prune, "a.pt") == 0
-    says = "not added to the record: (of another run|a.json is not)"
-    assert re.search(says, capsys.readouterr().out)
-    assert pathlib.Path("a.json").read_bytes() == content
+    for foreign in json.dumps({**plain, "prune": table[:1]}), "[]", "no JSON":
+        path.write_text(foreign)
+        assert command(prune, "a.pt") == 0 and path.read_text() == foreign
+        assert "not added to the record: a.json is not" in capsys.readouterr().out
 
 # --- analyze
 
@@ -691,14 +627,11 @@ def test_tables_of_known_records(tiny, capsys):
     write_run("b.json", 43.0, seed=1, prune=[{**row, "change": 0.0} for row in pruned])
     write_run("c.json", 50.0, arch="wrn14-2", train="bn+shortcut")
     write_run("d.json", 60.0, norm="layer", bn_init="oneone")
-    write_run("e.json", 99.0)   # these are left out
-    write_run("f.json", 99.0, seed=2, lr=0.2)
-    write_run("g.json", 99.0, seed=2, activations=relus[:1])
-    write_run("h.json", 99.0, seed=2, prune=pruned[1:])
-    write_run("i.json", 99.0, seed=2, test_accuracy=99.99)
-    write_run("j.json", 101.0, seed=2)
-    write_run("k.json", 99.0, seed=2, records=[])
-    pathlib.Path("l.json").write_text('{"name": "package"}')
+    for i, changes in enumerate([   # these are left out
+            {"seed": 0}, {"lr": 0.2}, {"activations": relus[:1]}, {"prune": pruned[1:]},
+            {"test_accuracy": 99.99}, {"records": []}, {"parts": [{}]}]):
+        write_run(f"z{i}.json", 99.0, **{"seed": 2, **changes})
+    pathlib.Path("z7.json").write_text('{"name": "package"}')
     assert command(analyze, "--results", ".") == 0
     tables = tables_of(capsys.readouterr().out)
     assert tables["Depth"]["resnet14"]["bn"] == f"41.50 ± {np.std([40, 43], ddof=1):.2f} (n=2)"
@@ -714,9 +647,8 @@ def test_tables_of_known_records(tiny, capsys):
     assert pruning["resnet14 bn"]["< 0.2"] == "-0.20 (20.0)"
     row = ["0", "off", "50.00", "2.0", "1", "Abacus", "2.13.0", "unknown"]
     assert [*runs["wrn14-2 bn+shortcut"].values()][1:] == row
-    assert {name: row["reason"][:20] for name, row in tables["Left out"].items()} == {
-        "e.json": "another run of the s", "f.json": "not the paper's reci",
-        **dict.fromkeys([f"{name}.json" for name in "ghijkl"], "it is not the record")}
+    assert [row["reason"][:20] for row in tables["Left out"].values()] == [
+        "another run of the s", "not the paper's reci", *6 * ["it is not the record"]]
 
 def test_firing_of_relus():
     """Against the blocks of resnet8 called one by one, on batches of different sizes."""
@@ -736,14 +668,11 @@ def test_firing_of_relus():
         assert row == pytest.approx(expected, abs=1e-3) and 0 < row[2] < 100
 
 def test_one_network(checkpoint, capsys):
-    """A spike at zero shows, and the table of its ReLUs goes into the record."""
     lines = analyze.histogram(np.array([-0.02, 0.0, 0.02, 0.03, 1.0, -1.0, 1.03, -7.0, 0.0, 0.0]))
     assert lines[20].split() == ["+0.00", "50.00", "%", 50 * "#"] and lines[-1] == "beyond 20.00 %"
     assert command(analyze, "a.pt", "--activations") == 0
     [stages] = tables_of(capsys.readouterr().out.split("\n## Dist")[0]).values()
-    gamma = train.load_checkpoint("a.pt")[0].bn.weight
-    share = f"{100 * (gamma.abs() < 0.2).double().mean():.2f}"
-    assert (stages["stem"]["count"], stages["stem"]["0.2"], stages["all"]["count"]) == ("16", share, "336")
+    assert [row["count"] for row in stages.values()] == ["16", "32", "96", "192", "336"]
     rows = json.loads(pathlib.Path("a.json").read_text())["activations"]
     assert [row["features"] for row in rows] == [16 + 2 * 112, 112, 112]
 
@@ -761,12 +690,11 @@ def test_figures_show_the_records(tmp_path, monkeypatch, capsys):
     last, error = [run["test_accuracy"] for run in runs], bars.lines[2][0].get_segments()[0]
     mean, std = np.mean(last), np.std(last, ddof=1)
     assert np.allclose(error, [[1120, mean - std], [1120, mean + std]])
-    paper = lines["accuracy", "bn, paper"][:, 1]
-    assert np.allclose(paper, [48.1, 57.6, 62.9, 69.7, 75.8, 79.7, 82.95])
+    assert np.allclose(lines["accuracy", "bn, paper"][:3, 1], [48.1, 57.6, 62.9])
     curve = np.mean([[r["test_accuracy"] for r in run["records"]] for run in runs], 0)
     assert np.allclose(lines["epochs", "resnet14 bn"], np.stack([np.arange(1, 161), curve], 1))
-    pruned = np.mean([[row["pruned"] for row in run["prune"]] for run in runs], 0)
-    assert np.allclose(lines["pruning", "resnet14 bn"][:, 0], pruned)
+    pruned = lines["pruning", "resnet14 bn"][:, 0]
+    assert np.allclose(pruned, np.mean([[row["pruned"] for row in run["prune"]] for run in runs], 0))
     stairs = {patch.get_gid(): patch.get_data() for patch in figures["gamma"].axes[0].patches}
     assert np.allclose(np.cumsum(stairs["resnet14 bn"].values)[[0, 1, 3]], pruned[4:])
     assert command(analyze, "--plot", tmp_path) == 0 and len([*tmp_path.glob("*.svg")]) == 4
@@ -779,11 +707,9 @@ def test_figures_show_the_records(tmp_path, monkeypatch, capsys):
     ("--arch resnet15", 2, "argument --arch: resnet15: .* 6n . 2, such as 14"),
     ("--arch resnet2", 2, "such as 8"), ("--arch vgg16", 2, "resnet866 or wrn14-32"),
     ("--train bn+output", 2, "not allowed with"),
-    ("--norm none", 2, "--norm"), ("--bn-init two", 2, "--bn-init"), ("--weight-init 0", 2, "--weight-init"),
     ("--epochs 0", 2, "argument --epochs: 0: not in 1 .. 1000000"), ("--epochs many", 2, "--epochs"),
-    ("--batch-size 50001", 2, "--batch-size"), ("--lr nan", 2, "--lr: nan"), ("--lr -1", 2, "--lr: -1"),
-    ("--weight-decay inf", 2, "--weight-decay: inf"), ("--seed -1", 2, "--seed: -1: not in 0 .. 4294967295"),
-    ("--out x.ckpt", 2, "--out x.ckpt: .* ends in .pt"), ("--amp fp8", 2, "--amp"), ("extra", 2, "extra"),
+    ("--lr nan", 2, "--lr: nan"), ("--seed -1", 2, "--seed: -1: not in 0 .. 4294967295"),
+    ("--out x.ckpt", 2, "--out x.ckpt: .* ends in .pt"), ("--amp fp8", 2, "--amp"),
     ("--device cuda:99", 2, "argument --device: cuda:99: "), ("--device tpu", 2, "argument --device: tpu: "),
     ("--out a.pt/x.pt", 1, "File exists: 'a.pt'"), ("", 2, "a.pt exists: add --resume"),
     ("--batch-size 9 --lr 1e30 --out b.pt", 1, "diverged: .* in epoch 1; .* --lr"),
@@ -799,11 +725,10 @@ def test_errors(script, words, status, says, checkpoint, capsys):
     assert re.search(says, error_of(capsys, status, script, *words))
     assert {path: path.read_bytes() for path in pathlib.Path().iterdir()} == finished
 
-@pytest.mark.parametrize("text", ["everything", "bn+bn", "bn+", "", "all+bn", "BN", "random+bn"])
+@pytest.mark.parametrize("text", ["everything", "bn+bn", "", "all+bn", "BN"])
 def test_unknown_or_doubled_part(text, capsys):
     line = error_of(capsys, 2, train, "--train", text)
-    named = line.partition(f"argument --train: {text}: not ")[2]
-    assert named and all(part in named for part in [*models.PARTS, *train.NAMES])
+    assert f"{text}: not all, not-bn, random, or some of conv, bn, shortcut, output joined by +" in line
 
 def test_divergence_keeps_the_older_checkpoint(tiny, capsys, monkeypatch):
     losses = iter([1.0] * 4 + [math.nan] + [1.0] * 4)   # the fifth step is in epoch 2
@@ -820,28 +745,18 @@ def test_out_of_memory_is_one_line(error, says, tiny, capsys, monkeypatch):
     monkeypatch.setattr(train, "start", raises(error))
     line = error_of(capsys, 1, train, *SMALL)
     assert says in line and line.endswith("; try a smaller --batch-size or network")
-
-def test_other_runtime_errors_keep_their_traceback(tiny, monkeypatch):
     monkeypatch.setattr(train, "start", raises(RuntimeError("illegal memory access")))
-    with pytest.raises(RuntimeError, match="illegal"):
+    with pytest.raises(RuntimeError, match="illegal"):   # with its traceback
         command(train, *SMALL)
 
 # --- command line and output
 
-def test_home_folder(monkeypatch):
-    """A shell leaves ~ as it is after an equals sign."""
-    args = parsed(monkeypatch, "--data-dir=~/x", "--out=~/x.pt")
-    home = pathlib.Path.home()
-    assert (pathlib.Path(args.data_dir), args.out) == (home / "x", home / "x.pt")
-
 def test_output_in_a_file_is_complete_by_the_line(tiny, monkeypatch):
     """Without PYTHONUNBUFFERED, and if its encoding lacks a character of the checkpoint's name."""
     seen, step, log = [], train.train_step, pathlib.Path("log.txt")
-
     def reads(*args):
         seen.append(log.read_text().splitlines()[-1].split()[0])
         return step(*args)
-
     monkeypatch.setattr(train, "train_step", reads)
     with log.open("w", encoding="ascii") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
@@ -880,15 +795,13 @@ def test_printed_commands_run_in_another_folder(tiny, capsys):
     output = subprocess.check_output([*for_prune, "--thresholds", "0"], text=True)
     assert "it's a.pt: resnet8, --train all, epoch 3 of 3" in output
 
-def test_torchrun_trains_one_seed_per_process(tiny):
+def test_torchrun_trains_one_seed_per_process(tiny, monkeypatch, capsys):
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     out, err = child(tiny, [], "--bn-only", "--seed", 3, launcher=launcher).communicate()
     assert out.count("672 of 78,042 parameters") == 1, err   # one process prints
     for seed in 3, 4:
         _, state = train.load_checkpoint(f"runs/resnet8-bn-s{seed}.pt")
         assert state["options"]["seed"] == seed and len(state["records"]) == 3
-
-def test_torchrun_with_out_is_a_usage_error(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "not for torchrun" in error_of(capsys, 2, train, *SMALL, "--out", "a.pt")
 
@@ -905,8 +818,6 @@ def test_committed_records_and_checkpoints(path):
     assert [(r["epoch"], r["lr"]) for r in epochs] == [*enumerate(rates, 1)]
     accuracy = record["test_accuracy"]
     assert accuracy == epochs[-1]["test_accuracy"] == record["prune"][0]["test_accuracy"]
-    for row in record["prune"]:
-        assert row["change"] == pytest.approx(row["test_accuracy"] - accuracy)
     if record["train"] == "bn" or path.with_suffix(".pt").exists():   # prune.py works after a clone
         model, state = train.load_checkpoint(path.with_suffix(".pt"))
         assert {**record, **state["options"]} == record and state["records"] == epochs
@@ -924,28 +835,16 @@ def test_committed_checkpoints_have_the_recorded_accuracy(path):
     for row in prune.prune_table(model, *test_data, state["options"]["amp"], [0.0, 0.01]):
         assert row["test_accuracy"] == pytest.approx(recorded[row["threshold"]], abs=0.1)
 
-@real_images
-def test_twenty_steps_on_real_images_lower_the_loss(tmp_path, monkeypatch):
-    data = train.load_data("cifar10", os.environ["CIFAR10_DIR"] + "/cifar-10-batches-py", 0)
-    for n, (images, labels) in zip((50_000, 10_000), data):
-        assert images.shape == (n, 32, 32, 3) and labels.bincount().tolist() == [n / 10] * 10
-    few = [[part[:1280] for part in split] for split in data]
-    monkeypatch.setattr(train, "load_data", lambda *args: few)
-    out = tmp_path / "a.pt"
-    assert command(train, "--bn-only", "--epochs", 2, "--device", "cpu", "--out", out) == 0
-    first, second = records_of(out)
-    assert second["train_loss"] < first["train_loss"] - 0.1
-
 # --- slow
 
 @slow
 @pytest.mark.parametrize("writes, complete", [(2, 1), (3, 1), (4, 2)])
 def test_slow_kills_lose_at_most_an_epoch(writes, complete, tiny):
-    """SIGKILL before a file is put in place: the log of epoch 2, its checkpoint, or the log of epoch 3."""
+    """SIGKILL before the log of epoch 2, its checkpoint, or the log of epoch 3 is put in place."""
     kill = [f"replace, left = os.replace, {writes} * [1]",
             "os.replace = lambda *args: replace(*args) if left and left.pop() else os.kill(os.getpid(), 9)"]
-    assert command(train, *SMALL, "--bn-only", "--out", "whole.pt") == 0
+    assert child(tiny, [], "--bn-only", "--out", "whole.pt").wait() == 0
     assert child(tiny, kill, "--bn-only", "--out", "a.pt").wait() == -signal.SIGKILL
     assert len(records_of("a.pt")) == complete
-    assert command(train, *SMALL, "--bn-only", "--out", "a.pt", "--resume") == 0
+    assert child(tiny, [], "--bn-only", "--out", "a.pt", "--resume").wait() == 0
     assert content_of("a.pt") == content_of("whole.pt")
