@@ -728,7 +728,7 @@ def test_errors(script, words, status, says, checkpoint, capsys):
 @pytest.mark.parametrize("text", ["everything", "bn+bn", "", "all+bn", "BN"])
 def test_unknown_or_doubled_part(text, capsys):
     line = error_of(capsys, 2, train, "--train", text)
-    assert f"{text}: not all, not-bn, random, or some of conv, bn, shortcut, output joined by +" in line
+    assert f"{text}: not all, not-bn, random, or some of {', '.join(models.PARTS)} joined by +" in line
 
 def test_divergence_keeps_the_older_checkpoint(tiny, capsys, monkeypatch):
     losses = iter([1.0] * 4 + [math.nan] + [1.0] * 4)   # the fifth step is in epoch 2
