@@ -70,7 +70,7 @@ class ResNet(nn.Module):
 
 def parse_arch(arch):
     """The (depth, width) of a name such as `resnet866` or `wrn14-32`. Raises ValueError for any other name."""
-    match = re.fullmatch(r"resnet(\d{1,4})|wrn(\d{1,4})-([1-9]\d{0,2})", arch, re.ASCII)
+    match = re.fullmatch(r"resnet([1-9]\d{0,3})|wrn([1-9]\d{0,3})-([1-9]\d{0,2})", arch, re.ASCII)
     if not match:
         raise ValueError("networks are called resnet<depth> or wrn<depth>-<width>, such as resnet866 or wrn14-32")
     depth, width = int(match[1] or match[2]), int(match[3] or 1)

@@ -593,10 +593,10 @@ def test_prune_adds_its_table_to_the_record_once(checkpoint, capsys):
     assert [row["threshold"] for row in table] == [0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
     printed = [line.split()[0:4:3] for line in capsys.readouterr().out.splitlines()[-7:]]
     assert printed == [[f"{row['threshold']:g}", f"{row['test_accuracy']:.2f}"] for row in table]
-    for foreign in json.dumps({**plain, "prune": table[:1]}), "[]", "no JSON":
-        path.write_text(foreign)
-        assert command(prune, "a.pt") == 0 and path.read_text() == foreign
-        assert "not added to the record: a.json is not" in capsys.readouterr().out
+    old, other = [{**row, "change": 1.5} for row in table], [{**plain["records"][0], "train_loss": 3.0}]
+    for kept in {**plain, "prune": old}, {**plain, "records": other + plain["records"][1:]}, []:
+        path.write_text(json.dumps(kept))
+        assert command(prune, "a.pt") == 0 and path.read_text() == json.dumps(kept)
 
 # --- analyze
 
@@ -706,13 +706,13 @@ def test_figures_show_the_records(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("script, words, status, says", [(train, *row) for row in [
     ("--arch resnet15", 2, "argument --arch: resnet15: .* 6n . 2, such as 14"),
     ("--arch resnet2", 2, "such as 8"), ("--arch vgg16", 2, "resnet866 or wrn14-32"),
-    ("--train bn+output", 2, "not allowed with"),
+    ("--train bn+output", 2, "not allowed with"), ("--train all", 2, "not allowed with"),
     ("--epochs 0", 2, "argument --epochs: 0: not in 1 .. 1000000"), ("--epochs many", 2, "--epochs"),
     ("--lr nan", 2, "--lr: nan"), ("--seed -1", 2, "--seed: -1: not in 0 .. 4294967295"),
     ("--out x.ckpt", 2, "--out x.ckpt: .* ends in .pt"), ("--amp fp8", 2, "--amp"),
     ("--device cuda:99", 2, "argument --device: cuda:99: "), ("--device tpu", 2, "argument --device: tpu: "),
     ("--out a.pt/x.pt", 1, "File exists: 'a.pt'"), ("", 2, "a.pt exists: add --resume"),
-    ("--batch-size 9 --lr 1e30 --out b.pt", 1, "diverged: .* in epoch 1; .* --lr"),
+    ("--batch-size 9 --lr 1e30 --out b.pt", 1, "diverged: .* in epoch 1, .* --lr"),
     ("--resume --epochs 8", 2, "a.pt is a run with epochs 3, not 8"), ("--resume --seed 1", 2, "seed 0, not 1"),
 ]] + [(prune, *row) for row in [
     ("", 2, "x.pt"), ("no.pt", 1, "no.pt"), ("a.pt --thresholds -1", 2, "--thresholds: -1"),
@@ -734,7 +734,7 @@ def test_divergence_keeps_the_older_checkpoint(tiny, capsys, monkeypatch):
     losses = iter([1.0] * 4 + [math.nan] + [1.0] * 4)   # the fifth step is in epoch 2
     monkeypatch.setattr(train, "train_step", lambda *args: (torch.tensor(next(losses)), torch.tensor(1)))
     line = error_of(capsys, 1, train, *SMALL, "--out", "a.pt")
-    assert "training diverged" in line and "in epoch 2; what a.pt holds is older" in line
+    assert "training diverged" in line and "in epoch 2, which is not saved" in line
     assert len(records_of("a.pt")) == 1
 
 @pytest.mark.parametrize("error, says", [

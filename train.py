@@ -213,8 +213,8 @@ def train(args):
             test_accuracy = evaluate(model, test_images, test_labels, args.amp)
         vectors = get_tensors(lists)
         if not math.isfinite(train_loss) or not all(vector.isfinite().all() for vector in vectors.values()):
-            raise UserError(f"training diverged: the loss or a parameter is not finite in epoch {epoch + 1}; "
-                            f"what {args.out} holds is older; try a lower --lr, or --amp off")
+            raise UserError(f"training diverged: the loss or a parameter is not finite in epoch {epoch + 1}, "
+                            "which is not saved; try a lower --lr, or --amp off")
         records.append({"epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": 100 * correct.item() / n,
                         "test_accuracy": test_accuracy, "lr": lr, "seconds": round(time.perf_counter() - began, 3),
                         "images_per_second": round(n / train_seconds, 1)})
@@ -236,7 +236,7 @@ def start(args):
         say(f"continuing after epoch {len(state['records'])} of {args.out}")
     else:
         for path in (args.out.with_suffix(suffix) for suffix in (".pt", ".jsonl", ".json")):
-            if path.exists() and not args.resume:
+            if path.exists() and (not args.resume or path.suffix == ".json"):
                 raise UserError(f"{path} exists: add --resume to continue, choose another --out, or delete it", 2)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out.parent).close()   # fails now, not after an epoch
@@ -426,7 +426,7 @@ def load_checkpoint(path):
     except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:   # whatever a damaged file makes the readers raise
-        raise UserError(f"{path} is not a valid checkpoint of train.py ({one_line(error)})") from None
+        raise UserError(f"{path} is not a valid checkpoint of train.py ({one_line(error).split('. ')[0]})") from None
     return model.eval(), {**state, **vectors}
 
 def check(holds, what):
@@ -438,7 +438,7 @@ def check_run(options, records):
     """The options in a file, completed by defaults; an exception unless train.py writes such options and records."""
     parser = make_parser()
     parser.error = lambda message: check(False, message)
-    args = parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in options.items()])
+    args = parser.parse_args(["--device=cpu", *(f"--{o.replace('_', '-')}={v}" for o, v in options.items())])
     parsed = {o: getattr(args, o) for o in OPTIONS}
     check(parsed == {**parsed, **options} and parsed["amp"] != "auto", "options with wrong values")
     epochs = [record["epoch"] for record in records]
@@ -453,10 +453,9 @@ def benchmark(args):
     model, size, seconds = build(vars(args)), args.batch_size, []
     step, *_ = prepare(model.train(), args, {size})
     images = torch.randint(0, 256, (size, 32, 32, 3), device=args.device)
-    labels = images[:, 0, 0, 0] % 10
     for _ in range(5 + args.benchmark):
         began = time.perf_counter()
-        loss, _ = step(normalize(images), labels)
+        loss, _ = step(normalize(images), images[:, 0, 0, 0] % 10)
         loss.item()   # waits for the device
         seconds.append(time.perf_counter() - began)
     low, step_time, high = np.percentile(seconds[5:], [10, 50, 90])
@@ -498,7 +497,7 @@ def argument(kind, low=-math.inf, high=math.inf):
             value = kind(text)
             check(high == math.inf or low <= value <= high, f"not in {low} .. {high}")
             return value
-        except (ValueError, RuntimeError, AssertionError) as error:
+        except Exception as error:   # of the devices that PyTorch knows, some raise anything
             raise argparse.ArgumentTypeError(f"{text}: {one_line(error)}") from None
     return parse
 
@@ -506,7 +505,7 @@ def parse_device(text):
     """The torch device of a --device value; under torchrun, `cuda` is another GPU for each process."""
     kind = str(torch.accelerator.current_accelerator(True) or "cpu") if text == "auto" else text
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-    torch.zeros(1, device=device)   # raises an exception if this machine does not have it
+    torch.zeros(1, device=device).item()   # raises an exception if this machine does not have it
     return device
 
 def add_data_arguments(parser, dataset):
@@ -523,7 +522,7 @@ def make_parser():
     add("--arch", type=argument(lambda name: parse_arch(name) and name), default="resnet14",
         help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--train", type=argument(parse_train), default="all", metavar="PARTS",
+    add("--train", type=argument(parse_train), default="+".join(NAMES["all"]), metavar="PARTS",
         help=f"what trains: {', '.join(NAMES)}, or some of {', '.join(PARTS)} joined by +")
     add("--bn-only", dest="train", action="store_const", const="bn", help="short for --train bn")
     add = parser.add_argument
@@ -549,8 +548,9 @@ def is_out_of_memory(error):
 
 def run(main, stopped="stopped"):
     """Call main(), with errors that users meet as one line on stderr and an exit status."""
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="replace")   # a character that a terminal can't show is no error
+    for name in "stdout", "stderr":   # may be closed, or unable to show a character
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main()
