@@ -78,8 +78,8 @@ def parse_arch(arch):
         raise ValueError(f"the depth must be 6n + 2, such as {max(8, depth - (depth - 2) % 6)}")
     return depth, width
 
-# The parts of a network, as tests of a module, a parameter's name in it and the parameter. Another row is another part
-# to train. "bn" is the normalization, whichever it is; original0 is the g of weight normalization.
+# The parts that can be trained, as predicates (module, name of its parameter, parameter); a new row may overlap others.
+# "bn" is the normalization, whichever it is; original0 is the g of weight normalization.
 PARTS = {
     "conv": lambda module, name, p: p.shape[2:] == (3, 3),
     "bn": lambda module, name, p: name == "original0" or p.dim() == 1 and not isinstance(module, nn.Linear),

@@ -119,7 +119,6 @@ def parse_train(text):
 
 class TwoWeightsPerChannel(nn.Module):
     """Parametrization of a convolution: two random weights per output channel train, as many as BatchNorm has."""
-
     def __init__(self, weight, rng):
         super().__init__()
         c_out, fan_in = weight.shape[0], weight[0].numel()
@@ -185,7 +184,7 @@ def train(args):
 
     step, optimizer, scaler = prepare(model, args, {size, n % size or size})   # the last batch is smaller, see OpenLTH
     lists = tensor_lists(model, optimizer)
-    set_tensors(lists, state)
+    set_tensors(lists, state)   # parameters, momentum and running statistics of the run so far
     scaler.load_state_dict(state["scaler"])
     generator = torch.Generator().set_state(state["rng"])
 
@@ -470,8 +469,9 @@ def say(text, end="\n"):
     """Print and flush. If the output is closed or full, go on without it: a training is worth more than its log."""
     try:
         print(text, end=end, flush=True)
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        isinstance(error, BrokenPipeError) or print(f"output is lost from here on: {error}", file=sys.stderr)
 
 def one_line(error):
     """The first line of a message in printable characters: it may quote an untrusted file."""
@@ -535,7 +535,7 @@ def make_parser():
     add("--weight-decay", type=argument(float, 0, 1e30), default=1e-4, help="L2 penalty on whatever trains")
     add("--seed", type=argument(int, 0, 2 ** 32 - 1), default=0, help="of initial values, data order, augmentation")
     add("--amp", choices=["auto", *AMP_DTYPES], default="auto", help="auto: bf16 on CUDA if it has it, off elsewhere")
-    add("--plain", action="store_true", help="disable channels_last, compilation and CUDA graphs")
+    add("--plain", action="store_true", help="no channels_last, fused optimizer, compilation, CUDA graphs")
     add("--benchmark", type=argument(int, 1, 10 ** 6), nargs="?", const=50, metavar="N", help="time N (50) steps")
     add("--out", type=os.path.expanduser, metavar="x.pt", help="checkpoint; by default runs/<arch>-<train>-s<seed>.pt")
     add("--resume", action="store_true", help="continue from the checkpoint, if it exists")
