@@ -205,8 +205,8 @@ class SwitchNorm2d(nn.BatchNorm2d):
             means[2], variances[2] = self.running_mean[:, None, None], self.running_var[:, None, None]
         mean, var = (sum(weight * value for weight, value in zip(switch.softmax(0), values))
                      for switch, values in zip(self.switch.view(2, 3), (means, variances)))
-        out = (features - mean) * (var + self.eps).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
-        return out.to(x.dtype)
+        scale = self.weight[:, None, None] * (var + self.eps).rsqrt()
+        return torch.addcmul(self.bias[:, None, None] - mean * scale, features, scale).to(x.dtype)
 
 class GroupNorm(nn.GroupNorm):
     def forward(self, x):   # torch 2.13's CPU kernel for channels_last is slow, and crashes in the stem
