@@ -61,9 +61,9 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         x = self.relu(self.bn(self.conv(x)))   # (B, 16w, 32, 32)
-        x = self.stage1(x)                     # (B, 16w, 32, 32)
-        x = self.stage2(x)                     # (B, 32w, 16, 16)
-        x = self.stage3(x)                     # (B, 64w, 8, 8)
+        x = self.stage1(x)   # (B, 16w, 32, 32)
+        x = self.stage2(x)   # (B, 32w, 16, 16)
+        x = self.stage3(x)   # (B, 64w, 8, 8)
         # avg_pool2d, because its gradient keeps the channels_last layout; mean() does not.
         x = nn.functional.avg_pool2d(x, 8)
         return self.fc(x.flatten(1))
@@ -132,7 +132,7 @@ def initialize(model, seed, bn_init="uniform", weight_init="kaiming_normal"):
     affine = {name: (gamma, beta) for name, gamma, beta in gammas_and_betas(model)}
 
     def fill(tensor, values):
-        tensor.copy_(torch.as_tensor(values).view(tensor.shape))
+        tensor.copy_(torch.as_tensor(values).view_as(tensor))
 
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -225,6 +225,6 @@ NORMS = {   # the layer for c features
     "layer": lambda c: GroupNorm(1, c),
     "instance": lambda c: GroupNorm(c, c),
     "group": lambda c: GroupNorm(8, c),
-    "weight": lambda c: nn.Identity(),   # see normalize_weights
+    "weight": lambda c: nn.Identity(),   # normalize_weights
     "switchable": SwitchNorm2d,
 }

@@ -13,8 +13,8 @@ import pathlib
 import torch
 
 from models import gammas_and_betas
-from train import (OPTIONS, UserError, add_data_arguments, argument, check, check_run, evaluate, get_tensors,
-                   load_checkpoint, load_data, one_line, run, save_checkpoint, say, tensor_lists, write_record)
+from train import (OPTIONS, UserError, add_data_arguments, argument, check, check_run, evaluate, to_vectors,
+                   load_checkpoint, load_data, one_line, run, save_checkpoint, say, state_tensors, write_record)
 
 THRESHOLDS = [0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
 
@@ -100,7 +100,7 @@ def main():
         if args.thresholds == THRESHOLDS and args.dataset in (None, options["dataset"]):
             add_to_record(checkpoint, state, "prune", rows)
         if args.save:
-            save_checkpoint(pathlib.Path(args.save), {**state, **get_tensors(tensor_lists(model))})
+            save_checkpoint(pathlib.Path(args.save), {**state, **to_vectors(state_tensors(model))})
         say(f"{checkpoint}: {options['arch']}, --train {options['train']}, epoch {len(state['records'])} of "
             f"{options['epochs']}, {len(gammas(model)):,} gammas\n  |gamma| <   gammas zeroed   test accuracy   change")
         for row in rows:

@@ -73,14 +73,15 @@ def synthetic_data(seed):
 
     return draw(50_000), draw(10_000)
 
-def draw_augmentation(n, generator):
+def draw_augmentation(n, rng):
     """The random draws of an epoch, on the CPU so that a seed gives the same batches on any device.
 
     Returns the order (n,) of the images, a crop offset (n, 2) in 0 .. 8 and a flip (n,) for each place in it.
     """
-    order = torch.randperm(n, generator=generator)
-    offset = torch.randint(0, 9, (n, 2), generator=generator)
-    return order, offset, torch.randint(0, 2, (n,), generator=generator).bool()
+    order = torch.randperm(n, generator=rng)
+    offset = torch.randint(0, 9, (n, 2), generator=rng)
+    flip = torch.randint(0, 2, (n,), generator=rng).bool()
+    return order, offset, flip
 
 def augment(padded, index, offset, flip):
     """Crop and flip each image in its own way, the whole batch in one gather of pixels. Returns (B, 32, 32, 3).
@@ -176,17 +177,17 @@ def train(args):
     model, state = start(args)
     records, device = state["records"], args.device   # one record per complete epoch
     if len(records) == args.epochs:
-        return say(f"{args.out} is finished: test accuracy {records[-1]['test_accuracy']:.2f} % after the last epoch")
-    (images, labels), test_data = load_data(args.dataset, args.data_dir, args.seed)
-    n, size = len(images), args.batch_size
-    padded, labels = F.pad(images, (0, 0, 4, 4, 4, 4)).to(device), labels.to(device)   # (N, 40, 40, 3) and (N,)
-    test_images, test_labels = (tensor.to(device) for tensor in test_data)
+        return say(f"{args.out} is finished: {records[-1]['test_accuracy']:.2f} % test accuracy")
+    data = load_data(args.dataset, args.data_dir, args.seed)
+    (train_images, train_labels), test_data = [[t.to(device) for t in part] for part in data]
+    padded = F.pad(train_images, (0, 0, 4, 4, 4, 4))   # (N, 40, 40, 3)
+    n, size = len(padded), args.batch_size
 
     step, optimizer, scaler = prepare(model, args, {size, n % size or size})   # the last batch is smaller, see OpenLTH
-    lists = tensor_lists(model, optimizer)
-    set_tensors(lists, state)   # parameters, momentum and running statistics of the run so far
+    tensors = state_tensors(model, optimizer)
+    from_vectors(tensors, state)   # the run so far: parameters, momentum, running statistics
     scaler.load_state_dict(state["scaler"])
-    generator = torch.Generator().set_state(state["rng"])
+    rng = torch.Generator().set_state(state["rng"])
 
     say("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
     for epoch in range(len(records), args.epochs):
@@ -194,31 +195,32 @@ def train(args):
         lr = learning_rate(args.lr, epoch, args.epochs)
         for group in optimizer.param_groups:   # a CUDA graph reads the rate from a tensor
             group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr
-        order, offset, flip = (draws.to(device) for draws in draw_augmentation(n, generator))
+        order, offset, flip = (draws.to(device) for draws in draw_augmentation(n, rng))
         losses, correct = [], 0
         model.train()
         for first in range(0, n, size):
-            batch = slice(first, first + size)
-            images = normalize(augment(padded, order[batch], offset[batch], flip[batch]))
-            loss, hits = step(images, labels[order[batch]])
-            losses.append(loss * len(images))
+            i = slice(first, first + size)
+            images = augment(padded, order[i], offset[i], flip[i])
+            labels = train_labels[order[i]]
+            loss, hits = step(normalize(images), labels)
+            losses.append(loss * len(labels))
             correct += hits
             if sys.stdout.isatty() and len(losses) % 10 == 1:   # rarely, because it waits for the device
                 say(f"{epoch + 1:3}/{args.epochs}  image {first:6,} of {n:,}, loss {loss.item():.3f}", end="\r")
-        train_loss = torch.stack(losses).double().sum().item() / n
+        train_loss = sum(torch.stack(losses).tolist()) / n
         train_seconds = time.perf_counter() - began
 
         with torch.compiler.set_stance("force_eager"):   # another batch size is not worth a compilation
-            test_accuracy = evaluate(model, test_images, test_labels, args.amp)
-        vectors = get_tensors(lists)
+            accuracy = evaluate(model, *test_data, args.amp)
+        vectors = to_vectors(tensors)
         if not math.isfinite(train_loss) or not all(vector.isfinite().all() for vector in vectors.values()):
             raise UserError(f"training diverged: the loss or a parameter is not finite in epoch {epoch + 1}, "
                             "which is not saved; try a lower --lr, or --amp off")
         records.append({"epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": 100 * correct.item() / n,
-                        "test_accuracy": test_accuracy, "lr": lr, "seconds": round(time.perf_counter() - began, 3),
+                        "test_accuracy": accuracy, "lr": lr, "seconds": round(time.perf_counter() - began, 3),
                         "images_per_second": round(n / train_seconds, 1)})
         # Before anything is printed, so that a lost terminal loses no epoch.
-        save(args.out, {**state, **vectors, "rng": generator.get_state(), "scaler": scaler.state_dict()})
+        save(args.out, {**state, **vectors, "rng": rng.get_state(), "scaler": scaler.state_dict()})
         left = (args.epochs - epoch - 1) * np.mean([record["seconds"] for record in records[-10:]])
         say("{epoch:3}/{epochs:<3} {train_loss:11.4f} {train_accuracy:8.2f} % {test_accuracy:8.2f} % {lr:7.4g} "
             "{seconds:8.1f} {images_per_second:9,.0f} {left!s:>10}".format(
@@ -232,7 +234,6 @@ def start(args):
         for name, value in state["options"].items():
             if value != options[name]:
                 raise UserError(f"{args.out} is a run with {name} {value}, not {options[name]}", 2)
-        say(f"continuing after epoch {len(state['records'])} of {args.out}")
     else:
         for path in (args.out.with_suffix(suffix) for suffix in (".pt", ".jsonl", ".json")):
             if path.exists() and (not args.resume or path.suffix == ".json"):
@@ -240,22 +241,21 @@ def start(args):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out.parent).close()   # fails now, not after an epoch
         model = build(options)
-        state = {**get_tensors(tensor_lists(model)), "options": options, "records": [], "parts": [],
+        state = {**to_vectors(state_tensors(model)), "options": options, "records": [], "parts": [],
                  "rng": torch.Generator().manual_seed(args.seed).get_state(),
                  "scaler": torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16").state_dict(),
                  "fingerprint": fingerprint(p for p in model.parameters() if not p.requires_grad)}
         state["momentum"] = torch.zeros_like(state["trained"])
     state["parts"].append({"first_epoch": len(state["records"]) + 1, "plain": args.plain, **machine(args.device)})
     trained, total = len(state["trained"]), count_parameters(empty_model(args.arch, args.norm))["all"]
-    say(f"{args.arch}: {trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)")
+    say(f"{args.arch}: {trained:,} of {total:,} parameters train, {len(state['records'])} of {args.epochs} epochs done")
     return model, state
 
 @torch.no_grad()
 def evaluate(model, images, labels, amp):
     """Accuracy in percent on uint8 images (N, 32, 32, 3), with running statistics. Leaves the model in eval mode."""
     model.eval()
-    # Large batches are fastest on a GPU (1 GB for a layer of wrn14-32), and those that fit its cache on a CPU.
-    size = 1000 if images.is_cuda and model.conv.out_channels < 128 else 125
+    size = 1000 if images.is_cuda else 125   # fits a cache
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
         with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
@@ -338,26 +338,26 @@ OPTIONS = ["arch", "train", "norm", "bn_init", "weight_init", "dataset", "seed",
            "weight_decay", "amp"]
 RECORD = {"epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second"}
 
-def tensor_lists(model, optimizer=None):
-    """The tensors that training changes, by the name of the vector that holds them in a checkpoint."""
-    lists = {"trained": [p for p in model.parameters() if p.requires_grad]}
+def state_tensors(model, optimizer=None):
+    """Lists of the tensors that training changes, by the name of their vector in a checkpoint."""
+    tensors = {"trained": [p for p in model.parameters() if p.requires_grad]}
     if optimizer:
-        lists["momentum"] = [optimizer.state[p]["momentum_buffer"] for p in lists["trained"]]
+        tensors["momentum"] = [optimizer.state[p]["momentum_buffer"] for p in tensors["trained"]]
     for name in "running_mean", "running_var":
-        lists[name] = [getattr(m, name) for m in model.modules() if hasattr(m, name)]
-    return lists
+        tensors[name] = [getattr(m, name) for m in model.modules() if hasattr(m, name)]
+    return tensors
 
-def get_tensors(lists):
+def to_vectors(tensors):
     """Each list of tensors as one vector, on the CPU."""
-    return {name: torch.cat([torch.zeros(0), *(t.detach().flatten().cpu() for t in lists[name])])
-            for name in lists}
+    return {name: torch.cat([torch.zeros(0), *(t.detach().flatten().cpu() for t in listed)])
+            for name, listed in tensors.items()}
 
 @torch.no_grad()
-def set_tensors(lists, vectors):
-    """Copy the vectors that get_tensors made back into the lists, in place."""
-    for name, tensors in lists.items():
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, part in zip(tensors, vectors[name].split(sizes)):
+def from_vectors(tensors, vectors):
+    """Copy the vectors that to_vectors made back into the tensors, in place."""
+    for name, listed in tensors.items():
+        sizes = [tensor.numel() for tensor in listed]
+        for tensor, part in zip(listed, vectors[name].split(sizes)):
             tensor.copy_(part.view_as(tensor))
 
 def write(path, content):
@@ -397,7 +397,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """Read a checkpoint from anyone without running code in it. Returns (model in evaluation mode, state of the run).
 
-    The state: the vectors of tensor_lists, and rng; options; records, one per epoch; parts, one per start; scaler;
+    The state: the vectors of state_tensors, and rng; options; records, one per epoch; parts, one per start; scaler;
     fingerprint of the frozen weights. Raises UserError if the file is invalid.
     """
     try:
@@ -408,12 +408,12 @@ def load_checkpoint(path):
         check(state.pop("version") == VERSION, f"this code reads format {VERSION}: use the release that wrote it")
         options = state["options"] = check_run(state["options"], state["records"])
         # Before memory is taken for a network: a short file can name a large one.
-        means = tensor_lists(empty_model(options["arch"], options["norm"]))["running_mean"]
+        means = state_tensors(empty_model(options["arch"], options["norm"]))["running_mean"]
         check(len(vectors["running_mean"]) == sum(map(len, means)), f"it is not of {options['arch']}")
         model = build(options)
-        lists = tensor_lists(model)
-        for name, tensors in {**lists, "momentum": lists["trained"]}.items():
-            vector, length = vectors[name], sum(tensor.numel() for tensor in tensors)
+        tensors = state_tensors(model)
+        for name, listed in {**tensors, "momentum": tensors["trained"]}.items():
+            vector, length = vectors[name], sum(tensor.numel() for tensor in listed)
             check(vector.dtype == torch.float32 and vector.shape == (length,) and vector.isfinite().all(),
                   f"{name} is not {length} finite numbers")
         check((vectors["running_var"] >= 0).all() and type(state["parts"]) is list, "a variance is negative")
@@ -421,7 +421,7 @@ def load_checkpoint(path):
         check(np.allclose(drawn, state["fingerprint"], 0, 1e-9 * drawn[0]), "its seed draws other weights now")
         torch.Generator().set_state(vectors["rng"])
         torch.amp.GradScaler("cpu", enabled=options["amp"] == "fp16").load_state_dict(state["scaler"])
-        set_tensors(lists, vectors)
+        from_vectors(tensors, vectors)
     except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:   # whatever a damaged file makes the readers raise
@@ -561,7 +561,7 @@ def run(main, stopped="stopped"):
     except (OSError, MemoryError, RuntimeError) as error:
         text, status = one_line(error), 1
         if is_out_of_memory(error):
-            text += "; try a smaller --batch-size or network"
+            text += "; try a smaller batch or network"
         elif isinstance(error, RuntimeError):
             raise
     print(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}", file=sys.stderr)
