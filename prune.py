@@ -13,8 +13,8 @@ import pathlib
 import torch
 
 from models import gammas_and_betas
-from train import (OPTIONS, UserError, add_data_arguments, argument, check, check_run, evaluate, to_vectors,
-                   load_checkpoint, load_data, one_line, run, save_checkpoint, say, state_tensors, write_record)
+from train import (OPTIONS, UserError, add_data_arguments, argument, check, check_run, evaluate, load_checkpoint,
+                   load_data, one_line, run, save_checkpoint, say, state_tensors, to_vectors, write_record)
 
 THRESHOLDS = [0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
 
