@@ -30,14 +30,14 @@ percent, after the last epoch, mean ± sample standard deviation over n seeds. "
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEADER, *ROWS = csv.reader((RESULTS / "published.csv").read_text().splitlines())
 PUBLISHED = {(row[0], mode): cell for row in ROWS for mode, cell in zip(HEADER[1:], row[1:])}
-DEEP, WIDE = [[arch for arch, *_ in rows] for rows in (ROWS[:7], ROWS[7:])]   # resnet14 ... 866, wrn14-2 ... 14-32
+DEEP, WIDE = [[arch for arch, *_ in ROWS if arch.startswith(kind)] for kind in ("resnet", "wrn")]
 
 # --- records
 
 def read_results(folder):
     """Records with the paper's recipe by (arch, mode), such as "bn, layer"; [name, reason] of the files left out."""
-    groups, left_out, default = {}, [], vars(make_parser().parse_args([]))
-    for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.name.split("-")[0]), file.name)):
+    groups, left_out, default = {}, [], vars(make_parser().parse_args(["--device=cpu"]))
+    for file in sorted(folder.glob("*.json"), key=lambda f: (len(f.name.split("-")[0]), f.name)):   # 14 before 110
         try:
             record = read_record(file)
             recipe = "dataset", "epochs", "batch_size", "lr", "weight_decay"
@@ -75,7 +75,7 @@ def spread(values):
 
 def result_tables(groups):
     """Yield the tables of what was measured and published: (title, header, rows), all of them text."""
-    accuracy = {**PUBLISHED, **{run: spread([r["test_accuracy"] for r in group]) for run, group in groups.items()}}
+    accuracy = {**PUBLISHED, **{key: spread([r["test_accuracy"] for r in group]) for key, group in groups.items()}}
 
     def ladder(arch, modes):
         counts = count_parameters(empty_model(arch))
@@ -95,8 +95,8 @@ def result_tables(groups):
         [mode, *(accuracy.get((arch, mode + source), "-") for arch, source in columns)] for mode in modes]
 
     disabled, pruning, runs = [], [], []
-    for run, group in groups.items():
-        name = " ".join(run)
+    for key, group in groups.items():
+        name = " ".join(key)
         relus = [record["activations"] for record in group if "activations" in record]
         disabled.append([name, *(spread([rows[i]["disabled"] for rows in relus]) for i in range(3))])
         changes = zip(column(group, "prune", "change"), column(group, "prune", "pruned"))
@@ -147,10 +147,10 @@ def relu_table(model, images, labels, amp):
 def print_network(checkpoint, args):
     """Print gamma and beta of one network and, with --activations, how often its ReLUs fire."""
     model, state = load_checkpoint(checkpoint)
-    options, (_, gammas, betas) = state["options"], zip(*gammas_and_betas(model))
+    options, (_, gamma, beta) = state["options"], zip(*gammas_and_betas(model))
     say(f"# {checkpoint}\n\n--arch {options['arch']} --train {options['train']} --seed {options['seed']}")
-    print_histogram("Distribution of gamma", gammas)
-    print_histogram("Distribution of beta", betas)
+    print_histogram("Distribution of gamma", gamma)
+    print_histogram("Distribution of beta", beta)
     if args.activations:
         model.to(args.device, memory_format=torch.channels_last)
         relus = relu_table(model, *load_test_data(state, args), options["amp"])
@@ -199,13 +199,12 @@ def draw(groups, folder):
     [zeroed], [curves] = new("pruning", "gammas set to zero (%)"), new("epochs", "epoch")
     for (arch, mode), group in groups.items():
         if mode in LOOKS and arch in panels:
-            color, label = LOOKS[mode]
-            line = {"color": color, "label": label * (arch == panels[0]), "gid": f"{arch} {mode}"}
-            for ax, x, table, marker in (zeroed, "pruned", "prune", "o"), (curves, "epoch", "records", ""):
-                x, y = column(group, table, x), column(group, table, "test_accuracy")
+            line = {"color": LOOKS[mode][0], "label": LOOKS[mode][1], "gid": f"{arch} {mode}"}
+            for ax, name, table, marker in (zeroed, "pruned", "prune", "o"), (curves, "epoch", "records", ""):
+                x, y = column(group, table, name), column(group, table, "test_accuracy")
                 ax.plot(x, y, marker + "-", **line)
                 for end in zip(x[-1:], y[-1:]):
-                    ax.annotate(arch, end, (6, -8), textcoords="offset points", color=color)
+                    ax.annotate(arch, end, (6, -8), textcoords="offset points", color=line["color"])
             files = [record["checkpoint"] for record in group if record["checkpoint"].exists()]
             if files and mode != "random":
                 values = torch.cat([gammas(load_checkpoint(file)[0]).abs() for file in files])
@@ -215,7 +214,8 @@ def draw(groups, folder):
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawn in figures.items():
-        drawn.legend(loc="outside upper center", ncols=3, frameon=False)
+        handles = {label: handle for ax in drawn.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        drawn.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False)
         drawn.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
         say(f"wrote {folder / name}.svg")
     return figures
@@ -239,11 +239,11 @@ def main():
         print_network(checkpoint, args)
     if args.checkpoints:
         return
-    groups, left_out = read_results(pathlib.Path(args.results))
+    groups, rest = read_results(pathlib.Path(args.results))
     if args.plot:
         return draw(groups, pathlib.Path(args.plot))
     say(INTRODUCTION, end="")
-    for table in *result_tables(groups), ("Left out", ["file", "reason"], left_out):
+    for table in *result_tables(groups), ("Left out", ["file", "reason"], rest):
         print_table(*table)
 
 if __name__ == "__main__":

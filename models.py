@@ -131,8 +131,8 @@ def initialize(model, seed, bn_init="uniform", weight_init="kaiming_normal"):
     rng = np.random.RandomState(seed)
     affine = {name: (gamma, beta) for name, gamma, beta in gammas_and_betas(model)}
 
-    def fill(tensor, values):
-        tensor.copy_(torch.as_tensor(values).view_as(tensor))
+    def fill(out, values):
+        out.copy_(torch.as_tensor(values).view_as(out))
 
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -197,7 +197,7 @@ class SwitchNorm2d(nn.BatchNorm2d):
         mean, square = (f.mean((2, 3), keepdim=True) for f in (features, features.square()))   # (B, C, 1, 1)
         means = [mean, mean.mean(1, True), mean.mean(0, True)]
         squares = [square, square.mean(1, True), square.mean(0, True)]
-        variances = [square - mean.square() for mean, square in zip(means, squares)]
+        variances = [(square - mean.square()).clamp(min=0) for mean, square in zip(means, squares)]
         if self.training:
             self.running_mean.lerp_(means[2].detach().flatten(), 0.1)
             self.running_var.lerp_(variances[2].detach().flatten(), 0.1)
@@ -225,6 +225,6 @@ NORMS = {   # the layer for c features
     "layer": lambda c: GroupNorm(1, c),
     "instance": lambda c: GroupNorm(c, c),
     "group": lambda c: GroupNorm(8, c),
-    "weight": lambda c: nn.Identity(),   # normalize_weights
+    "weight": lambda c: nn.Identity(),   # see normalize_weights
     "switchable": SwitchNorm2d,
 }

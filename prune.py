@@ -3,7 +3,7 @@
     python prune.py results/resnet14-bn-s0.pt
     python prune.py runs/resnet110-bn-s0.pt --thresholds 0.05 --save runs/pruned.pt
 
-Prints a table per checkpoint; the default one is also added to the record of the run, the .json beside it.
+Prints a table per checkpoint. That of the default thresholds is added to the record of the run, the .json beside it.
 """
 import argparse
 import json
@@ -35,13 +35,13 @@ def prune_table(model, images, labels, amp, thresholds):
     zero, both in percent, and "change" in points against the unpruned network. Leaves the network pruned.
     """
     rows, pruned, original = [], 0.0, gammas(model).abs()
-    accuracy = unpruned = evaluate(model, images, labels, amp)
+    accuracy = before = evaluate(model, images, labels, amp)
     for threshold in sorted(thresholds):
         share = 100 * (original < threshold).double().mean().item()
         if share > pruned:
             zero_gammas(model, threshold)
             accuracy, pruned = evaluate(model, images, labels, amp), share
-        rows.append({"threshold": threshold, "pruned": share, "test_accuracy": accuracy, "change": accuracy - unpruned})
+        rows.append({"threshold": threshold, "pruned": share, "test_accuracy": accuracy, "change": accuracy - before})
     return rows
 
 def read_record(path):

@@ -492,7 +492,7 @@ def test_bn_only_resnet866_checkpoint_is_small(tiny):
     args.out = out = pathlib.Path("a.pt")
     _, state = train.start(args)
     state["momentum"].normal_()
-    record = dict.fromkeys(train.RECORD, 1 / 3)
+    record = dict.fromkeys(train.FIGURES, 1 / 3)
     state["records"] = [{**record, "epoch": epoch + 1} for epoch in range(160)]
     train.save_checkpoint(out, state)
     _, loaded = train.load_checkpoint(out)
@@ -607,7 +607,7 @@ def write_run(name, accuracy, **changes):
     """Write the record of a run of the paper's recipe, with this accuracy in its last epoch."""
     args = vars(options("--arch", "resnet14", "--bn-only"))
     record = {**{option: args[option] for option in train.OPTIONS}, **changes}
-    epochs = [{**dict.fromkeys(train.RECORD, 1.0), "epoch": i + 1, "seconds": 45.0} for i in range(160)]
+    epochs = [{**dict.fromkeys(train.FIGURES, 1.0), "epoch": i + 1, "seconds": 45.0} for i in range(160)]
     epochs[-1]["test_accuracy"] = accuracy
     part = {"first_epoch": 1, "commit": None, "torch": "2.13.0", "hardware": "Abacus"}
     record = {"parts": [part], "records": epochs, "test_accuracy": accuracy, **record}

@@ -49,15 +49,15 @@ def load_data(dataset, data_dir, seed):
         for operator in "nms", "qnms":
             torch.library.define(f"torchvision::{operator}", "() -> ()")
         from torchvision.datasets import CIFAR10
-    data_dir = pathlib.Path(data_dir)
+    data_dir = pathlib.Path(data_dir).absolute()
     if data_dir.name == CIFAR10.base_folder:   # the folder itself instead of its parent
         data_dir = data_dir.parent
     try:
-        parts = [CIFAR10(data_dir, train, download=True) for train in (True, False)]
+        splits = [CIFAR10(data_dir, train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise UserError(f"no intact CIFAR-10 in {data_dir}, and it can't be downloaded ({one_line(error)}): "
                         f"put {CIFAR10.url} there, or try --dataset synthetic") from error
-    return [(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts]
+    return [(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits]
 
 def synthetic_data(seed):
     """Ten smooth random patterns in the shape of CIFAR-10, shifted with wrap-around and noisy: to try the code."""
@@ -107,7 +107,7 @@ def row_constants(dtype, device):
 
 # --- what trains
 
-# Names of --train beside parts joined by "+". "random": two weights per output channel, see TwoWeightsPerChannel.
+# Shorthands of --train, else parts joined by "+". "random": two weights per output channel, see TwoWeightsPerChannel.
 NAMES = {"all": ["conv", "bn", "shortcut", "output"], "not-bn": ["conv", "shortcut", "output"], "random": []}
 
 def parse_train(text):
@@ -179,7 +179,7 @@ def train(args):
     if len(records) == args.epochs:
         return say(f"{args.out} is finished: {records[-1]['test_accuracy']:.2f} % test accuracy")
     data = load_data(args.dataset, args.data_dir, args.seed)
-    (train_images, train_labels), test_data = [[t.to(device) for t in part] for part in data]
+    (train_images, train_labels), test_data = [[t.to(device) for t in split] for split in data]
     padded = F.pad(train_images, (0, 0, 4, 4, 4, 4))   # (N, 40, 40, 3)
     n, size = len(padded), args.batch_size
 
@@ -255,7 +255,7 @@ def start(args):
 def evaluate(model, images, labels, amp):
     """Accuracy in percent on uint8 images (N, 32, 32, 3), with running statistics. Leaves the model in eval mode."""
     model.eval()
-    size = 1000 if images.is_cuda else 125   # fits a cache
+    size = max(125, 16_000 // model.conv.out_channels) if images.is_cuda else 125   # memory of a step; a CPU's cache
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
         with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
@@ -336,7 +336,7 @@ VERSION = 2
 # The options that make a run what it is: they are in its checkpoint and its record, and --resume can't change them.
 OPTIONS = ["arch", "train", "norm", "bn_init", "weight_init", "dataset", "seed", "epochs", "batch_size", "lr",
            "weight_decay", "amp"]
-RECORD = {"epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second"}
+FIGURES = {"epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second"}
 
 def state_tensors(model, optimizer=None):
     """Lists of the tensors that training changes, by the name of their vector in a checkpoint."""
@@ -416,7 +416,7 @@ def load_checkpoint(path):
             vector, length = vectors[name], sum(tensor.numel() for tensor in listed)
             check(vector.dtype == torch.float32 and vector.shape == (length,) and vector.isfinite().all(),
                   f"{name} is not {length} finite numbers")
-        check((vectors["running_var"] >= 0).all() and type(state["parts"]) is list, "a variance is negative")
+        check((vectors["running_var"] >= 0).all() and type(state["parts"]) is list, "negative variance or no parts")
         drawn = fingerprint(p for p in model.parameters() if not p.requires_grad)
         check(np.allclose(drawn, state["fingerprint"], 0, 1e-9 * drawn[0]), "its seed draws other weights now")
         torch.Generator().set_state(vectors["rng"])
@@ -442,7 +442,7 @@ def check_run(options, records):
     check(parsed == {**parsed, **options} and parsed["amp"] != "auto", "options with wrong values")
     epochs = [record["epoch"] for record in records]
     check(epochs == [*range(1, len(epochs) + 1)] and 1 <= len(epochs) <= parsed["epochs"], "epochs are missing")
-    check(all(0 <= r[name] <= (100 if "accuracy" in name else 1e9) for r in records for name in RECORD), "impossible")
+    check(all(0 <= r[f] <= (100 if "accuracy" in f else 1e9) for r in records for f in FIGURES), "impossible figures")
     return parsed
 
 # --- benchmark
@@ -451,10 +451,10 @@ def benchmark(args):
     """Time args.benchmark steps on noise, after five to warm up, and estimate how long a run will take."""
     model, size, seconds = build(vars(args)), args.batch_size, []
     step, *_ = prepare(model.train(), args, {size})
-    images = torch.randint(0, 256, (size, 32, 32, 3), device=args.device)
+    images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, device=args.device)
     for _ in range(5 + args.benchmark):
         began = time.perf_counter()
-        loss, _ = step(normalize(images), images[:, 0, 0, 0] % 10)
+        loss, _ = step(normalize(images), images[:, 0, 0, 0].long() % 10)
         loss.item()   # waits for the device
         seconds.append(time.perf_counter() - began)
     low, step_time, high = np.percentile(seconds[5:], [10, 50, 90])
@@ -465,13 +465,13 @@ def benchmark(args):
 
 # --- output
 
-def say(text, end="\n"):
+def say(text, end="\n", file=None):
     """Print and flush. If the output is closed or full, go on without it: a training is worth more than its log."""
     try:
-        print(text, end=end, flush=True)
+        print(text, end=end, flush=True, file=file)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        isinstance(error, BrokenPipeError) or print(f"output is lost from here on: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+        file or isinstance(error, BrokenPipeError) or say(f"output is lost from here on: {error}", file=sys.stderr)
 
 def one_line(error):
     """The first line of a message in printable characters: it may quote an untrusted file."""
@@ -495,7 +495,7 @@ def argument(kind, low=-math.inf, high=math.inf):
     def parse(text):
         try:
             value = kind(text)
-            check(high == math.inf or low <= value <= high, f"not in {low} .. {high}")
+            check(high == math.inf or low <= value <= high, f"not in {low} .. {high}")   # text has no bounds
             return value
         except Exception as error:   # of the devices that PyTorch knows, some raise anything
             raise argparse.ArgumentTypeError(f"{text}: {one_line(error)}") from None
@@ -574,8 +574,8 @@ def main():
     if args.out and (ranks > 1 or not args.out.endswith(".pt")):
         parser.error(f"--out {args.out}: one checkpoint, so not for torchrun, and its name ends in .pt")
     args.seed += rank
-    parts = [args.arch, args.train, args.norm, args.bn_init, args.weight_init, f"s{args.seed}"]
-    name = "-".join(part for part in parts if part not in ("batch", "uniform", "kaiming_normal"))
+    words = [args.arch, args.train, args.norm, args.bn_init, args.weight_init, f"s{args.seed}"]
+    name = "-".join(word for word in words if word not in ("batch", "uniform", "kaiming_normal"))
     args.out = pathlib.Path(args.out or f"runs/{name}.pt")
     if args.amp == "auto" and args.device.type == "cuda":
         args.amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
