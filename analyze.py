@@ -148,7 +148,7 @@ def print_network(checkpoint, args):
     """Print gamma and beta of one network and, with --activations, how often its ReLUs fire."""
     model, state = load_checkpoint(checkpoint)
     options, (_, gamma, beta) = state["options"], zip(*gammas_and_betas(model))
-    say(f"# {checkpoint}\n\n--arch {options['arch']} --train {options['train']} --seed {options['seed']}")
+    say(f"# {checkpoint}\n\n" + " ".join(f"--{o} {options[o]}" for o in ("arch", "train", "norm", "seed")))
     print_histogram("Distribution of gamma", gamma)
     print_histogram("Distribution of beta", beta)
     if args.activations:

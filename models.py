@@ -167,7 +167,7 @@ def orthogonal(z, std):
     q *= np.sign(np.diag(r))
     return np.ascontiguousarray(q.T if wide else q)
 
-WEIGHT_INITS = {   # weights as functions of the draws z from N(0, 1) and of sqrt(2 / fan_in), named as in OpenLTH
+WEIGHT_INITS = {   # of draws z from N(0, 1) and std = sqrt(2 / fan_in); OpenLTH's binary takes the std of the draws
     "kaiming_normal": lambda z, std: std * z,
     "kaiming_uniform": lambda z, std: 3 ** 0.5 * std * torch.erf(torch.from_numpy(z) / 2 ** 0.5),   # erf: U(-1, 1)
     "orthogonal": orthogonal,

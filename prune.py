@@ -101,8 +101,8 @@ def main():
             add_to_record(checkpoint, state, "prune", rows)
         if args.save:
             save_checkpoint(pathlib.Path(args.save), {**state, **to_vectors(state_tensors(model))})
-        say(f"{checkpoint}: {options['arch']}, --train {options['train']}, epoch {len(state['records'])} of "
-            f"{options['epochs']}, {len(gammas(model)):,} gammas\n  |gamma| <   gammas zeroed   test accuracy   change")
+        say(f"{checkpoint}: {options['arch']}, --train {options['train']}, --norm {options['norm']}, epoch "
+            f"{len(state['records'])} of {options['epochs']}\n  |gamma| <   gammas zeroed   test accuracy   change")
         for row in rows:
             say("{threshold:11g}{pruned:14.2f} %{test_accuracy:14.2f} %{change:+9.2f}".format(**row))
 
