@@ -37,7 +37,7 @@ DEEP, WIDE = [[arch for arch, *_ in ROWS if arch.startswith(kind)] for kind in (
 def read_results(folder):
     """Records with the paper's recipe by (arch, mode), such as "bn, layer"; [name, reason] of the files left out."""
     groups, left_out, default = {}, [], vars(make_parser().parse_args(["--device=cpu"]))
-    for file in sorted(folder.glob("*.json"), key=lambda f: (f.name[0], len(f.name.split("-")[0]), f.name)):   # 14 < 110
+    for file in sorted(folder.glob("*.json"), key=lambda f: (f.name[0], len(f.name.split("-")[0]), f.name)):   # 14, 110
         try:
             record = read_record(file)
             recipe = "dataset", "epochs", "batch_size", "lr", "weight_decay"
