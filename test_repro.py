@@ -83,7 +83,7 @@ def built(*words, dtype=torch.float32):
 
 def prepared(*words, dtype=torch.float32):
     """(model, step, optimizer, scaler) for batches of 16 and 7."""
-    model = built(*words, dtype=dtype)
+    model = built(*words, dtype=dtype).eval()   # as load_checkpoint returns it
     return model, *train.prepare(model, options(*words), {16, 7})
 
 def trained_of(model):

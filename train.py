@@ -272,7 +272,7 @@ def prepare(model, args, sizes):
     on blank images: put the state of the run in place afterwards.
     """
     fast, device = not args.plain, args.device
-    model.to(device)
+    model.train().to(device)   # a CUDA graph keeps the mode of its capture, and a loaded model is in evaluation mode
     if fast:
         model.to(memory_format=torch.channels_last)   # the layout that convolution kernels are written for
         for p in model.parameters():
@@ -450,7 +450,7 @@ def check_run(options, records):
 def benchmark(args):
     """Time args.benchmark steps on noise, after five to warm up, and estimate how long a run will take."""
     model, size, seconds = build(vars(args)), args.batch_size, []
-    step, *_ = prepare(model.train(), args, {size})
+    step, *_ = prepare(model, args, {size})
     images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, device=args.device)
     for _ in range(5 + args.benchmark):
         began = time.perf_counter()
