@@ -37,7 +37,7 @@ DEEP, WIDE = [[arch for arch, *_ in ROWS if arch.startswith(kind)] for kind in (
 def read_results(folder):
     """Records with the paper's recipe by (arch, mode), such as "bn, layer"; [name, reason] of the files left out."""
     groups, left_out, default = {}, [], vars(make_parser().parse_args(["--device=cpu"]))
-    for file in sorted(folder.glob("*.json"), key=lambda f: (f.name[0], len(f.name.split("-")[0]), f.name)):   # 14, 110
+    for file in sorted(folder.glob("*.json"), key=lambda f: re.sub(r"\d+", lambda n: n[0].zfill(4), f.name)):
         try:
             record = read_record(file)
             recipe = "dataset", "epochs", "batch_size", "lr", "weight_decay"
@@ -77,7 +77,7 @@ def result_tables(groups):
     """Yield the tables of what was measured and published: (title, header, rows), all of them text."""
     accuracy = {**PUBLISHED, **{key: spread([r["test_accuracy"] for r in group]) for key, group in groups.items()}}
 
-    def ladder(arch, modes):
+    def network_row(arch, modes):
         counts = count_parameters(empty_model(arch))
         cells = (accuracy.get((arch, mode), "-") for mode in modes)
         return [arch, f"{counts['all']:,}", f"{counts['bn']:,}", *cells]
@@ -85,8 +85,8 @@ def result_tables(groups):
     header = ["", "parameters", "BatchNorm"]
     modes = ["bn", "bn, paper", "bn, reproduction", "all", "all, paper", "all, reproduction"]
     for title, archs in ("Depth", DEEP), ("Width", [DEEP[0], *WIDE]):
-        yield title, header + modes, [ladder(arch, modes) for arch in archs]
-    pairs = [ladder(deep, modes[:2]) + ladder(wide, modes[:2]) for deep, wide in zip(DEEP[1:], WIDE)]
+        yield title, header + modes, [network_row(arch, modes) for arch in archs]
+    pairs = [network_row(deep, modes[:2]) + network_row(wide, modes[:2]) for deep, wide in zip(DEEP[1:], WIDE)]
     yield "Depth against width, with about as many BatchNorm parameters", 2 * (header + modes[:2]), pairs
 
     modes = dict.fromkeys(re.sub(", (paper|reproduction)", "", mode) for _, mode in [*PUBLISHED, *groups])
@@ -203,8 +203,8 @@ def draw(groups, folder):
             for ax, name, table, marker in (zeroed, "pruned", "prune", "o"), (curves, "epoch", "records", ""):
                 x, y = column(group, table, name), column(group, table, "test_accuracy")
                 ax.plot(x, y, marker + "-", **line)
-                for end in zip(x[-1:], y[-1:]):
-                    ax.annotate(arch, end, (6, -8), textcoords="offset points", color=line["color"])
+                if len(x):
+                    ax.annotate(arch, (x[-1], y[-1]), (6, -8), textcoords="offset points", color=line["color"])
             files = [record["checkpoint"] for record in group if record["checkpoint"].exists()]
             if files and mode != "random":
                 values = torch.cat([gammas(load_checkpoint(file)[0]).abs() for file in files])
@@ -231,7 +231,7 @@ def main():
     add("--plot", type=os.path.expanduser, nargs="?", const=RESULTS / "figures", metavar="DIR", help="draw into DIR")
     add_data_arguments(parser, None)
     args = parser.parse_args()
-    if bool(args.checkpoints) < bool(args.activations) or not os.path.isdir(args.results):
+    if args.activations and not args.checkpoints or not os.path.isdir(args.results):
         parser.error("--activations needs checkpoints, and --results a folder")
     if args.plot and not find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib")

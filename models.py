@@ -73,7 +73,8 @@ def parse_arch(arch):
     match = re.fullmatch(r"resnet([1-9]\d{0,3})|wrn([1-9]\d{0,3})-([1-9]\d{0,2})", arch, re.ASCII)
     if not match:
         raise ValueError("networks are called resnet<depth> or wrn<depth>-<width>, such as resnet866 or wrn14-32")
-    depth, width = int(match[1] or match[2]), int(match[3] or 1)
+    depth = int(match[1] or match[2])
+    width = int(match[3] or 1)
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"the depth must be 6n + 2, such as {max(8, depth - (depth - 2) % 6)}")
     return depth, width
@@ -121,7 +122,7 @@ def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaimin
     return model
 
 @torch.no_grad()
-def initialize(model, seed, bn_init="uniform", weight_init="kaiming_normal"):
+def initialize(model, seed, bn_init, weight_init):
     """Draw all initial values as the paper's code does (OpenLTH: kaiming_normal weights, uniform BatchNorm).
 
     Convolutions and the linear weight: N(0, 2 / fan_in). Linear bias: U(-b, b), b = fan_in ** -0.5 (PyTorch's
@@ -137,7 +138,8 @@ def initialize(model, seed, bn_init="uniform", weight_init="kaiming_normal"):
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.parametrizations.weight.original1 if name in affine else module.weight
-            normal, std = rng.standard_normal(tuple(weight.shape)), math.sqrt(2 / weight[0].numel())
+            normal = rng.standard_normal(tuple(weight.shape))
+            std = math.sqrt(2 / weight[0].numel())
             fill(weight, WEIGHT_INITS[weight_init](normal, std))
         if isinstance(module, nn.Linear):
             fill(module.bias, rng.uniform(-1, 1, len(module.bias)) / math.sqrt(module.in_features))
@@ -167,11 +169,11 @@ def orthogonal(z, std):
     q *= np.sign(np.diag(r))
     return np.ascontiguousarray(q.T if wide else q)
 
-WEIGHT_INITS = {   # of draws z from N(0, 1) and std = sqrt(2 / fan_in); OpenLTH's binary takes the std of the draws
+WEIGHT_INITS = {   # of draws z from N(0, 1) and std = sqrt(2 / fan_in)
     "kaiming_normal": lambda z, std: std * z,
     "kaiming_uniform": lambda z, std: 3 ** 0.5 * std * torch.erf(torch.from_numpy(z) / 2 ** 0.5),   # erf: U(-1, 1)
     "orthogonal": orthogonal,
-    "binary": lambda z, std: std * np.sign(z),
+    "binary": lambda z, std: std * np.sign(z),   # OpenLTH takes the measured std of the drawn weights
 }
 
 @torch.no_grad()
@@ -214,17 +216,15 @@ class GroupNorm(nn.GroupNorm):
 
 def normalize_weights(model):
     """Give each convolution a bias and weight normalization, w = g v / |v| (Salimans and Kingma, arXiv 1602.07868)."""
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    for conv in convs:
+    for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
         conv.bias = nn.Parameter(torch.empty(conv.out_channels))
         nn.utils.parametrizations.weight_norm(conv)
-        conv.__class__ = convs[0].__class__   # one class each would mean one compilation per block
 
 NORMS = {   # the layer for c features
     "batch": nn.BatchNorm2d,
     "layer": lambda c: GroupNorm(1, c),
     "instance": lambda c: GroupNorm(c, c),
     "group": lambda c: GroupNorm(8, c),
-    "weight": lambda c: nn.Identity(),   # see normalize_weights
+    "weight": lambda c: nn.Identity(),   # normalize_weights
     "switchable": SwitchNorm2d,
 }

@@ -34,13 +34,12 @@ def prune_table(model, images, labels, amp, thresholds):
     Each holds "threshold", "pruned" (share of the gammas with |gamma| < threshold), "test_accuracy" with those set to
     zero, both in percent, and "change" in points against the unpruned network. Leaves the network pruned.
     """
-    rows, pruned, original = [], 0.0, gammas(model).abs()
-    accuracy = before = evaluate(model, images, labels, amp)
+    rows, original = [], gammas(model).abs()
+    before = evaluate(model, images, labels, amp)
     for threshold in sorted(thresholds):
         share = 100 * (original < threshold).double().mean().item()
-        if share > pruned:
-            zero_gammas(model, threshold)
-            accuracy, pruned = evaluate(model, images, labels, amp), share
+        zero_gammas(model, threshold)
+        accuracy = evaluate(model, images, labels, amp)
         rows.append({"threshold": threshold, "pruned": share, "test_accuracy": accuracy, "change": accuracy - before})
     return rows
 
@@ -54,7 +53,8 @@ def read_record(path):
         check(record["test_accuracy"] == record["records"][-1]["test_accuracy"], "its accuracy is not the last epoch's")
         check(all(part["first_epoch"] <= options["epochs"] and isinstance(part["commit"] or "", str)
                   and part["hardware"] + part["torch"] for part in record["parts"]), "its parts are incomplete")
-        for table, n, names in ("prune", 7, ["pruned", "test_accuracy", "change"]), ("activations", 3, ["disabled"]):
+        for table, n, names in [("prune", len(THRESHOLDS), ["pruned", "test_accuracy", "change"]),
+                                ("activations", 3, ["disabled"])]:
             if table in record:
                 check(len(record[table]) == n and all(-100 <= row[name] <= 100 for row in record[table]
                                                       for name in names), f"its table {table} is impossible")

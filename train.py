@@ -36,7 +36,7 @@ class UserError(Exception):
 
 # --- data
 
-# The channel statistics of ImageNet, as in OpenLTH, the authors' code.
+# ImageNet's channels, as in OpenLTH, the authors' code.
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 def load_data(dataset, data_dir, seed):
@@ -141,10 +141,8 @@ def freeze(model, train, seed):
         parameter.requires_grad_(True)
     if train == "random":
         rng = np.random.RandomState([seed, 2])   # a stream of its own
-        convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-        for conv in convs:
+        for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
             nn.utils.parametrize.register_parametrization(conv, "weight", TwoWeightsPerChannel(conv.weight, rng))
-            conv.__class__ = convs[0].__class__   # one class each would mean one compilation per block
 
 def build(options):
     """The network of a run's options, on the CPU: initial values drawn, and all frozen but what --train names."""
@@ -275,6 +273,8 @@ def prepare(model, args, sizes):
     model.train().to(device)   # a CUDA graph keeps the mode of its capture, and a loaded model is in evaluation mode
     if fast:
         model.to(memory_format=torch.channels_last)   # the layout that convolution kernels are written for
+        for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
+            conv.__class__ = model.conv.__class__   # parametrized, each has its own: a compilation per block
         for p in model.parameters():
             if p.dim() > 1 and not p.requires_grad and args.amp != "off" and args.norm != "weight":
                 p.data = p.data.to(AMP_DTYPES[args.amp])   # autocast would do it in every step
@@ -336,7 +336,7 @@ VERSION = 2
 # The options that make a run what it is: they are in its checkpoint and its record, and --resume can't change them.
 OPTIONS = ["arch", "train", "norm", "bn_init", "weight_init", "dataset", "seed", "epochs", "batch_size", "lr",
            "weight_decay", "amp"]
-FIGURES = {"epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second"}
+METRICS = {"epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second"}
 
 def state_tensors(model, optimizer=None):
     """Lists of the tensors that training changes, by the name of their vector in a checkpoint."""
@@ -407,7 +407,7 @@ def load_checkpoint(path):
         state = json.loads(vectors.pop("json"))
         check(state.pop("version") == VERSION, f"this code reads format {VERSION}: use the release that wrote it")
         options = state["options"] = check_run(state["options"], state["records"])
-        # Before memory is taken for a network: a short file can name a large one.
+        # Before memory is taken for a network: a short file can name a large one (but for norms without statistics).
         means = state_tensors(empty_model(options["arch"], options["norm"]))["running_mean"]
         check(len(vectors["running_mean"]) == sum(map(len, means)), f"it is not of {options['arch']}")
         model = build(options)
@@ -442,7 +442,7 @@ def check_run(options, records):
     check(parsed == {**parsed, **options} and parsed["amp"] != "auto", "options with wrong values")
     epochs = [record["epoch"] for record in records]
     check(epochs == [*range(1, len(epochs) + 1)] and 1 <= len(epochs) <= parsed["epochs"], "epochs are missing")
-    check(all(0 <= r[f] <= (100 if "accuracy" in f else 1e9) for r in records for f in FIGURES), "impossible figures")
+    check(all(0 <= r[f] <= (100 if "accuracy" in f else 1e9) for r in records for f in METRICS), "impossible figures")
     return parsed
 
 # --- benchmark
@@ -471,7 +471,8 @@ def say(text, end="\n", file=None):
         print(text, end=end, flush=True, file=file)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
-        file or isinstance(error, BrokenPipeError) or say(f"output is lost from here on: {error}", file=sys.stderr)
+        if file is None and not isinstance(error, BrokenPipeError):
+            say(f"output is lost from here on: {error}", file=sys.stderr)
 
 def one_line(error):
     """The first line of a message in printable characters: it may quote an untrusted file."""
@@ -521,11 +522,11 @@ def make_parser():
     add = parser.add_argument
     add("--arch", type=argument(lambda name: parse_arch(name) and name), default="resnet14",
         help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--train", type=argument(parse_train), default="+".join(NAMES["all"]), metavar="PARTS",
-        help=f"what trains: {', '.join(NAMES)}, or some of {', '.join(PARTS)} joined by +")
-    add("--bn-only", dest="train", action="store_const", const="bn", help="short for --train bn")
-    add = parser.add_argument
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--train", type=argument(parse_train), metavar="PARTS",
+                       default="+".join(NAMES["all"]),   # "all" would let --train all --bn-only pass
+                       help=f"what trains: {', '.join(NAMES)}, or some of {', '.join(PARTS)} joined by +")
+    group.add_argument("--bn-only", dest="train", action="store_const", const="bn", help="short for --train bn")
     add("--norm", choices=NORMS, default="batch", help="normalization; its own parameters are the part bn")
     add("--bn-init", choices=BN_INITS, default="uniform", help="gamma, beta: U(0,1), 0; 1, 0; 1, 1; or U(-1,1), 0")
     add("--weight-init", choices=WEIGHT_INITS, default="kaiming_normal", help="of all other weights")
@@ -577,9 +578,8 @@ def main():
     words = [args.arch, args.train, args.norm, args.bn_init, args.weight_init, f"s{args.seed}"]
     name = "-".join(word for word in words if word not in ("batch", "uniform", "kaiming_normal"))
     args.out = pathlib.Path(args.out or f"runs/{name}.pt")
-    if args.amp == "auto" and args.device.type == "cuda":
-        args.amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    args.amp = args.amp.replace("auto", "off")
+    if args.amp == "auto":
+        args.amp = "off" if args.device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if args.benchmark:
         return benchmark(args)
     if rank > 0:   # one process prints
