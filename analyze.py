@@ -105,7 +105,7 @@ def result_tables(groups):
             hours = f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.1f}"
             row = [name, str(record["seed"]), record["amp"], f"{record['test_accuracy']:.2f}", hours]
             for part in record["parts"]:   # several if it was resumed
-                commit = re.sub("(.{7}).{33}", r"\1", part["commit"] or "unknown")
+                commit = re.sub("(.{7}).{33}", r"\1", part["commit"] or "not in git")
                 runs.append([*row, str(part["first_epoch"]), part["hardware"], part["torch"], commit])
                 row = 5 * [""]
     yield "Disabled features (%), by their ReLU", ["", *RELUS], disabled

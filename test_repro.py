@@ -648,7 +648,7 @@ def test_tables_of_known_records(tiny, capsys):
     assert tables["Disabled features (%), by their ReLU"]["resnet14 bn"]["all"] == "25.00 (n=1)"
     [pruning] = [rows for title, rows in tables.items() if "set to zero" in title]
     assert pruning["resnet14 bn"]["< 0.2"] == "-0.20 (20.0)"
-    row = ["0", "off", "50.00", "2.0", "1", "Abacus", "2.13.0", "unknown"]
+    row = ["0", "off", "50.00", "2.0", "1", "Abacus", "2.13.0", "not in git"]
     assert [*runs["wrn14-2 bn+shortcut"].values()][1:] == row
     assert [row["reason"][:20] for row in tables["Left out"].values()] == [
         "another run of the s", "not the paper's reci", *6 * ["not the record of a "]]
