@@ -104,7 +104,7 @@ def result_tables(groups):
         for record in group:
             hours = f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.1f}"
             row = [name, str(record["seed"]), record["amp"], f"{record['test_accuracy']:.2f}", hours]
-            for part in record["parts"]:   # several if it was resumed
+            for part in record["parts"]:   # more if resumed
                 commit = re.sub("(.{7}).{33}", r"\1", part["commit"] or "not in git")
                 runs.append([*row, str(part["first_epoch"]), part["hardware"], part["torch"], commit])
                 row = 5 * [""]

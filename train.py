@@ -69,8 +69,7 @@ def synthetic_data(seed):
         labels, (dy, dx) = rng.randint(0, 10, n), rng.randint(-8, 9, (2, n, 1)) + np.arange(32)
         images = patterns[labels[:, None, None], dy[:, :, None] % 32, dx[:, None, :] % 32]
         images += rng.randint(0, 128, images.shape, dtype=np.uint8)
-        return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
-
+        return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels).long()
     return draw(50_000), draw(10_000)
 
 def draw_augmentation(n, rng):
@@ -127,7 +126,7 @@ class TwoWeightsPerChannel(nn.Module):
         second = rng.randint(0, fan_in - 1, c_out)
         second += second >= first                       # uniform over the other fan_in - 1
         chosen = np.stack([first, second], 1) + fan_in * np.arange(c_out)[:, None]
-        self.register_buffer("chosen", torch.from_numpy(chosen.flatten()))   # positions in the flattened weight
+        self.register_buffer("chosen", torch.from_numpy(chosen.flatten()).long())   # positions in the flattened weight
         # (2 c_out,). The optimizer sees nothing else, so that momentum and weight decay move nothing else.
         self.values = nn.Parameter(weight.detach().flatten()[self.chosen])
 
@@ -153,7 +152,7 @@ def build(options):
 # --- training
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-torch.backends.cudnn.allow_tf32 = False   # "off" means fp32
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False   # "off" means fp32
 
 def train_step(model, optimizer, scaler, images, labels, amp):
     """One step of SGD on normalized images (B, 3, 32, 32). Returns (mean loss, correct predictions) as tensors."""
@@ -217,7 +216,7 @@ def train(args):
         records.append({"epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": 100 * correct.item() / n,
                         "test_accuracy": accuracy, "lr": lr, "seconds": round(time.perf_counter() - began, 3),
                         "images_per_second": round(n / train_seconds, 1)})
-        # Before anything is printed, so that a lost terminal loses no epoch.
+        # Before printing: a lost terminal loses no epoch.
         save(args.out, {**state, **vectors, "rng": rng.get_state(), "scaler": scaler.state_dict()})
         left = (args.epochs - epoch - 1) * np.mean([record["seconds"] for record in records[-10:]])
         say("{epoch:3}/{epochs:<3} {train_loss:11.4f} {train_accuracy:8.2f} % {test_accuracy:8.2f} % {lr:7.4g} "
@@ -246,7 +245,8 @@ def start(args):
         state["momentum"] = torch.zeros_like(state["trained"])
     state["parts"].append({"first_epoch": len(state["records"]) + 1, "plain": args.plain, **machine(args.device)})
     trained, total = len(state["trained"]), count_parameters(empty_model(args.arch, args.norm))["all"]
-    say(f"{args.arch}: {trained:,} of {total:,} parameters train, {len(state['records'])} of {args.epochs} epochs done")
+    say(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, "
+        f"{len(state['records'])} of {args.epochs} epochs done")
     return model, state
 
 @torch.no_grad()
@@ -307,13 +307,13 @@ def prepare(model, args, sizes):
 def capture(step, sizes, stance, device):
     """The step as a CUDA graph per batch size, in one pool of memory: one launch replaces thousands."""
     stream, pool, graphs = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), {}
-    stream.wait_stream(torch.cuda.current_stream())
     for warm_up in True, False:   # of all sizes first, because a capture can't use the memory of a warm-up
         for size in sorted(sizes, reverse=True):
             images = torch.zeros(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
             labels = torch.zeros(size, device=device).long()
             with torch.compiler.set_stance(stance if size == max(sizes) else "force_eager"):
                 if warm_up:   # compiles, and allocates what a capture can't
+                    stream.wait_stream(torch.cuda.current_stream())
                     with torch.cuda.stream(stream):
                         for _ in range(3):
                             step(images, labels)
