@@ -99,7 +99,7 @@ def result_tables(groups):
         name = " ".join(key)
         relus = [record["activations"] for record in group if "activations" in record]
         disabled.append([name, *(spread([rows[i]["disabled"] for rows in relus]) for i in range(3))])
-        changes = zip(column(group, "prune", "change"), column(group, "prune", "pruned"))
+        changes = zip(column(group, "prune", "change")[1:], column(group, "prune", "pruned")[1:])   # nothing is below 0
         pruning.append([name, *(f"{change:+.2f} ({share:.1f})" for change, share in changes)])
         for record in group:
             hours = f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.1f}"
@@ -110,7 +110,7 @@ def result_tables(groups):
                 row = 5 * [""]
     yield "Disabled features (%), by their ReLU", ["", *RELUS], disabled
     yield ("Gammas below a threshold set to zero: change of accuracy in points (share of gammas, %)",
-           ["", *(f"< {threshold:g}" for threshold in THRESHOLDS)], pruning)
+           ["", *(f"< {threshold:g}" for threshold in THRESHOLDS[1:])], pruning)
     yield ("Runs: python train.py --arch ... --train ...",
            ["", "--seed", "--amp", "accuracy", "hours", "from epoch", "hardware", "torch", "commit"], runs)
 
