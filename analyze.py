@@ -228,7 +228,7 @@ def main():
     add("checkpoints", nargs="*", type=os.path.expanduser, metavar="x.pt", help="written by train.py")
     add("--activations", action="store_true", help="also how often the ReLUs of the checkpoints fire")
     add("--results", type=os.path.expanduser, default=RESULTS, metavar="DIR", help="folder of the records")
-    add("--plot", type=os.path.expanduser, nargs="?", const=RESULTS / "figures", metavar="DIR", help="draw into DIR")
+    add("--plot", type=os.path.expanduser, nargs="?", const=True, metavar="DIR", help="draw, by default in --results")
     add_data_arguments(parser, None)
     args = parser.parse_args()
     if args.activations and not args.checkpoints or not os.path.isdir(args.results):
@@ -241,7 +241,7 @@ def main():
         return
     groups, rest = read_results(pathlib.Path(args.results))
     if args.plot:
-        return draw(groups, pathlib.Path(args.plot))
+        return draw(groups, pathlib.Path(args.results, "figures") if args.plot is True else pathlib.Path(args.plot))
     say(INTRODUCTION, end="")
     for table in *result_tables(groups), ("Left out", ["file", "reason"], rest):
         print_table(*table)

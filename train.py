@@ -245,8 +245,8 @@ def start(args):
         state["momentum"] = torch.zeros_like(state["trained"])
     state["parts"].append({"first_epoch": len(state["records"]) + 1, "plain": args.plain, **machine(args.device)})
     trained, total = len(state["trained"]), count_parameters(empty_model(args.arch, args.norm))["all"]
-    say(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, "
-        f"{len(state['records'])} of {args.epochs} epochs done")
+    say(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, epochs done: "
+        f"{len(state['records'])} of {args.epochs}")
     return model, state
 
 @torch.no_grad()
@@ -267,9 +267,9 @@ def prepare(model, args, sizes):
     """Move a network to the device and return (step, optimizer, scaler), fast unless --plain.
 
     step(images, labels) is train_step for normalized images (B, 3, 32, 32), B in `sizes`. On CUDA, preparing it trains
-    on blank images: put the state of the run in place afterwards.
+    on blank images: load the state of the run afterwards.
     """
-    fast, device = not args.plain, args.device
+    fast, device = not args.plain and args.device.type != "mps", args.device   # gradients wrong: pytorch#175189
     model.train().to(device)   # a CUDA graph keeps the mode of its capture, and a loaded model is in evaluation mode
     if fast:
         model.to(memory_format=torch.channels_last)   # the layout that convolution kernels are written for
@@ -449,8 +449,8 @@ def check_run(options, records):
 
 def benchmark(args):
     """Time args.benchmark steps on noise, after five to warm up, and estimate how long a run will take."""
-    model, size, seconds = build(vars(args)), args.batch_size, []
-    step, *_ = prepare(model, args, {size})
+    size, seconds = args.batch_size, []
+    step, *_ = prepare(build(vars(args)), args, {size})
     images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, device=args.device)
     for _ in range(5 + args.benchmark):
         began = time.perf_counter()
@@ -482,7 +482,7 @@ def one_line(error):
 def machine(device):
     """What a run records of the code and the machine; the commit is None if git does not track this file."""
     command = "git ls-files --error-unmatch train.py && git describe --always --dirty --abbrev=40 --exclude=*"
-    git = subprocess.run(command, shell=True, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(command, shell=True, cwd=pathlib.Path(__file__).parent, capture_output=True, errors="replace")
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     cpu = re.search("model name\t: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     cpu = f"{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads"
@@ -504,7 +504,7 @@ def argument(kind, low=-math.inf, high=math.inf):
 
 def parse_device(text):
     """The torch device of a --device value; under torchrun, `cuda` is another GPU for each process."""
-    kind = str(torch.accelerator.current_accelerator(True) or "cpu") if text == "auto" else text
+    kind = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     torch.zeros(1, device=device).item()   # raises an exception if this machine does not have it
     return device
@@ -551,7 +551,7 @@ def run(main, stopped="stopped"):
     """Call main(), with errors that users meet as one line on stderr and an exit status."""
     for name in "stdout", "stderr":   # may be closed, or unable to show a character
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+        getattr(getattr(sys, name), "reconfigure", dict)(errors="replace")   # a notebook's streams have none
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main()
