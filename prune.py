@@ -59,7 +59,7 @@ def read_record(path):
                 check(len(record[table]) == n and all(-100 <= row[name] <= 100 for row in record[table]
                                                       for name in names), f"its table {table} is impossible")
         return {**record, **options}
-    except Exception as error:   # whatever it leads to
+    except Exception as error:   # whatever a file leads to
         raise UserError(f"{path} is not the record of a run ({one_line(error):.200})") from None
 
 def add_to_record(checkpoint, state, name, table):

@@ -36,7 +36,7 @@ class UserError(Exception):
 
 # --- data
 
-# ImageNet's channels, as in OpenLTH, the authors' code.
+# ImageNet's statistics, as in OpenLTH, the authors' code.
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 def load_data(dataset, data_dir, seed):
@@ -269,12 +269,12 @@ def prepare(model, args, sizes):
     step(images, labels) is train_step for normalized images (B, 3, 32, 32), B in `sizes`. On CUDA, preparing it trains
     on blank images: load the state of the run afterwards.
     """
-    fast, device = not args.plain and args.device.type != "mps", args.device   # gradients wrong: pytorch#175189
+    fast, device = not args.plain and args.device.type != "mps", args.device   # wrong in channels_last: pytorch#175189
     model.train().to(device)   # a CUDA graph keeps the mode of its capture, and a loaded model is in evaluation mode
     if fast:
         model.to(memory_format=torch.channels_last)   # the layout that convolution kernels are written for
         for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
-            conv.__class__ = model.conv.__class__   # parametrized, each has its own: a compilation per block
+            conv.__class__ = model.conv.__class__   # parametrized ones have a class each: a compilation per block
         for p in model.parameters():
             if p.dim() > 1 and not p.requires_grad and args.amp != "off" and args.norm != "weight":
                 p.data = p.data.to(AMP_DTYPES[args.amp])   # autocast would do it in every step
