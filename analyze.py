@@ -79,8 +79,7 @@ def result_tables(groups):
 
     def network_row(arch, modes):
         counts = count_parameters(empty_model(arch))
-        cells = (accuracy.get((arch, mode), "-") for mode in modes)
-        return [arch, f"{counts['all']:,}", f"{counts['bn']:,}", *cells]
+        return [arch, f"{counts['all']:,}", f"{counts['bn']:,}", *(accuracy.get((arch, mode), "-") for mode in modes)]
 
     header = ["", "parameters", "BatchNorm"]
     modes = ["bn", "bn, paper", "bn, reproduction", "all", "all, paper", "all, reproduction"]
@@ -89,8 +88,8 @@ def result_tables(groups):
     pairs = [network_row(deep, modes[:2]) + network_row(wide, modes[:2]) for deep, wide in zip(DEEP[1:], WIDE)]
     yield "Depth against width, with about as many BatchNorm parameters", 2 * (header + modes[:2]), pairs
 
+    columns = dict.fromkeys((arch, source) for arch, mode in groups if mode not in modes for source in ("", ", paper"))
     modes = dict.fromkeys(re.sub(", (paper|reproduction)", "", mode) for _, mode in [*PUBLISHED, *groups])
-    columns = [(arch, source) for arch in dict.fromkeys(arch for arch, _ in groups) for source in ("", ", paper")]
     yield "What trains", ["", *map("".join, columns)], [
         [mode, *(accuracy.get((arch, mode + source), "-") for arch, source in columns)] for mode in modes]
 
@@ -102,7 +101,7 @@ def result_tables(groups):
         changes = zip(column(group, "prune", "change")[1:], column(group, "prune", "pruned")[1:])   # nothing is below 0
         pruning.append([name, *(f"{change:+.2f} ({share:.1f})" for change, share in changes)])
         for record in group:
-            hours = f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.1f}"
+            hours = f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.2f}"
             row = [name, str(record["seed"]), record["amp"], f"{record['test_accuracy']:.2f}", hours]
             for part in record["parts"]:   # more if resumed
                 commit = re.sub("(.{7}).{33}", r"\1", part["commit"] or "not in git")
@@ -169,7 +168,7 @@ GREY = ["axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text
 def draw(groups, folder):
     """Write the figures as SVG files and return them by name. A line's gid tells what it shows."""
     from matplotlib import figure, rcParams
-    rcParams.update({**dict.fromkeys(GREY, "gray"), "axes.xmargin": 0.14, "axes.ymargin": 0.1, "svg.hashsalt": "0"})
+    rcParams.update({**dict.fromkeys(GREY, "gray"), "axes.xmargin": 0.16, "axes.ymargin": 0.1, "svg.hashsalt": "0"})
     figures = {}
 
     def new(name, x_label, y_label="test accuracy (%)", panels=1):
@@ -200,11 +199,12 @@ def draw(groups, folder):
     for (arch, mode), group in groups.items():
         if mode in LOOKS and arch in panels:
             line = {"color": LOOKS[mode][0], "label": LOOKS[mode][1], "gid": f"{arch} {mode}"}
-            for ax, name, table, marker in (zeroed, "pruned", "prune", "o"), (curves, "epoch", "records", ""):
+            ends = (zeroed, "pruned", "prune", "o-", 0, "right"), (curves, "epoch", "records", "-", -1, "left")
+            for ax, name, table, style, end, side in ends:
                 x, y = column(group, table, name), column(group, table, "test_accuracy")
-                ax.plot(x, y, marker + "-", **line)
+                ax.plot(x, y, style, **line)
                 if len(x):
-                    ax.annotate(arch, (x[-1], y[-1]), (6, -8), textcoords="offset points", color=line["color"])
+                    ax.annotate(f"  {arch}  ", (x[end], y[end]), ha=side, va="center", color=line["color"])
             files = [record["checkpoint"] for record in group if record["checkpoint"].exists()]
             if files and mode != "random":
                 values = torch.cat([gammas(load_checkpoint(file)[0]).abs() for file in files])
