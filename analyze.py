@@ -209,7 +209,7 @@ def draw(groups, folder):
             if files and mode != "random":
                 values = torch.cat([gammas(load_checkpoint(file)[0]).abs() for file in files])
                 counts, edges = np.histogram(values, np.arange(32) / 20)
-                spikes[panels.index(arch)].stairs(100 * counts / len(values), edges, **line)
+                spikes[panels.index(arch)].stairs(100 * counts / len(values), edges, fill=True, alpha=0.6, **line)
                 spikes[panels.index(arch)].set(title=arch, xlabel="|gamma|")
 
     folder.mkdir(parents=True, exist_ok=True)
