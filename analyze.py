@@ -99,7 +99,7 @@ def result_tables(groups):
         relus = [record["activations"] for record in group if "activations" in record]
         disabled.append([name, *(spread([rows[i]["disabled"] for rows in relus]) for i in range(3))])
         changes = zip(column(group, "prune", "change")[1:], column(group, "prune", "pruned")[1:])   # nothing is below 0
-        pruning.append([name, *(f"{change:+.2f} ({share:.1f})" for change, share in changes)])
+        pruning.append([f"{name} (n={sum('prune' in r for r in group)})", *(f"{d:+.2f} ({s:.1f})" for d, s in changes)])
         for record in group:
             hours = f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.2f}"
             row = [name, str(record["seed"]), record["amp"], f"{record['test_accuracy']:.2f}", hours]

@@ -647,7 +647,7 @@ def test_tables_of_known_records(tiny, capsys):
     assert trains["bn, layer, oneone"]["resnet14"] == "60.00 (n=1)"
     assert tables["Disabled features (%), by their ReLU"]["resnet14 bn"]["all"] == "25.00 (n=1)"
     [pruning] = [rows for title, rows in tables.items() if "set to zero" in title]
-    assert pruning["resnet14 bn"]["< 0.2"] == "-0.20 (20.0)"
+    assert pruning["resnet14 bn (n=2)"]["< 0.2"] == "-0.20 (20.0)"
     row = ["0", "off", "50.00", "2.00", "1", "Abacus", "2.13.0", "not in git"]
     assert [*runs["wrn14-2 bn+shortcut"].values()][1:] == row
     assert [row["reason"][:20] for row in tables["Left out"].values()] == [
