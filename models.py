@@ -73,8 +73,7 @@ def parse_arch(arch):
     match = re.fullmatch(r"resnet([1-9]\d{0,3})|wrn([1-9]\d{0,3})-([1-9]\d{0,2})", arch, re.ASCII)
     if not match:
         raise ValueError("networks are called resnet<depth> or wrn<depth>-<width>, such as resnet866 or wrn14-32")
-    depth = int(match[1] or match[2])
-    width = int(match[3] or 1)
+    depth, width = int(match[1] or match[2]), int(match[3] or 1)
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"the depth must be 6n + 2, such as {max(8, depth - (depth - 2) % 6)}")
     return depth, width
@@ -129,6 +128,8 @@ def initialize(model, seed, bn_init, weight_init):
     default). Gamma: U(0, 1), beta: 0. Everything comes from NumPy's legacy RandomState, module by module, because
     its stream is frozen (NEP 19): a name and a seed mean the same features on every machine and in every version.
     """
+    for parameter in model.parameters():
+        parameter.fill_(math.nan)   # one that is forgotten below must show
     rng = np.random.RandomState(seed)
     affine = {name: (gamma, beta) for name, gamma, beta in gammas_and_betas(model)}
 
@@ -138,8 +139,7 @@ def initialize(model, seed, bn_init, weight_init):
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.parametrizations.weight.original1 if name in affine else module.weight
-            normal = rng.standard_normal(tuple(weight.shape))
-            std = math.sqrt(2 / weight[0].numel())
+            normal, std = rng.standard_normal(tuple(weight.shape)), math.sqrt(2 / weight[0].numel())
             fill(weight, WEIGHT_INITS[weight_init](normal, std))
         if isinstance(module, nn.Linear):
             fill(module.bias, rng.uniform(-1, 1, len(module.bias)) / math.sqrt(module.in_features))
@@ -163,7 +163,7 @@ BN_INITS = {   # gamma and beta as functions of the draws u from U(0, 1), named 
 }
 
 def orthogonal(z, std):
-    """Orthogonal rows, or columns if there are more rows, from Gaussian ones, as torch.nn.init.orthogonal_ does."""
+    """Orthonormal rows, or columns if there are more rows, whatever std; as torch.nn.init.orthogonal_ makes them."""
     wide = len(z) < z[0].size
     q, r = np.linalg.qr(z.reshape(len(z), -1).T if wide else z.reshape(len(z), -1))
     q *= np.sign(np.diag(r))

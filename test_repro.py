@@ -168,7 +168,7 @@ def test_normalizations_against_their_formulas(norm):
     """GroupNorm: arXiv 1803.08494, switchable: 1806.10779, weight: 1602.07868. resnet14 has 15 layers."""
     model = built("--bn-only", "--arch", "resnet14", "--norm", norm, dtype=torch.float64)
     assert len(trained_of(model)) == 1_120 + 6 * 15 * (norm == "switchable")
-    assert len(prune.gammas(model)) == 560
+    assert len(prune.gammas(model)) == 560 and all(p.isfinite().all() for p in model.parameters())
     _, gamma, beta = models.gammas_and_betas(model)[0]
     beta.data.normal_()
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
