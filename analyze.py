@@ -21,9 +21,9 @@ from train import UserError, add_data_arguments, check, evaluate, load_checkpoin
 
 INTRODUCTION = """# Results
 
-Printed by `python analyze.py > results/README.md` from the records (`*.json`) beside it. Test accuracies on CIFAR-10 in
-percent, after the last epoch, mean ± sample standard deviation over n seeds. "Paper": read off the main figure of the
-[first version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden), mean of five runs.
+Printed by `python analyze.py` from the records (`*.json`) of runs. Test accuracies on CIFAR-10 in percent, after the
+last epoch, mean ± sample standard deviation over n seeds. "Paper": read off the main figure of the [first
+version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden), mean of five runs.
 "Reproduction": [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), single runs on
 45,000 images, best epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
 """

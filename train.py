@@ -158,7 +158,7 @@ def train_step(model, optimizer, scaler, images, labels, amp):
     """One step of SGD on normalized images (B, 3, 32, 32). Returns (mean loss, correct predictions) as tensors."""
     with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
         logits = model(images)
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)   # float64 stays
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -253,7 +253,7 @@ def start(args):
 def evaluate(model, images, labels, amp):
     """Accuracy in percent on uint8 images (N, 32, 32, 3), with running statistics. Leaves the model in eval mode."""
     model.eval()
-    size = max(125, 16_000 // model.conv.out_channels) if images.is_cuda else 125   # memory of a step; a CPU's cache
+    size = max(125, 16_000 // model.conv.out_channels) if images.is_cuda else 125   # memory as for a step; CPU caches
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
         with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
@@ -269,7 +269,7 @@ def prepare(model, args, sizes):
     step(images, labels) is train_step for normalized images (B, 3, 32, 32), B in `sizes`. On CUDA, preparing it trains
     on blank images: load the state of the run afterwards.
     """
-    fast, device = not args.plain and args.device.type != "mps", args.device   # wrong in channels_last: pytorch#175189
+    device, fast = args.device, not args.plain and args.device.type != "mps"   # wrong in channels_last: pytorch#175189
     model.train().to(device)   # a CUDA graph keeps the mode of its capture, and a loaded model is in evaluation mode
     if fast:
         model.to(memory_format=torch.channels_last)   # the layout that convolution kernels are written for
@@ -434,7 +434,7 @@ def check(holds, what):
         raise ValueError(what)
 
 def check_run(options, records):
-    """The options in a file, completed by defaults; an exception unless train.py writes such options and records."""
+    """A file's options, parsed as a command line for its bounds and defaults; raises if train.py can't write such."""
     parser = make_parser()
     parser.error = lambda message: check(False, message)
     args = parser.parse_args(["--device=cpu", *(f"--{o.replace('_', '-')}={v}" for o, v in options.items())])
@@ -460,8 +460,8 @@ def benchmark(args):
     low, step_time, high = np.percentile(seconds[5:], [10, 50, 90])
     hours = args.epochs * math.ceil(50_000 / size) * step_time / 3600
     say(f"{1e3 * step_time:.2f} ms/step (10 % to 90 %: {1e3 * low:.2f} to {1e3 * high:.2f}), "
-        f"{size / step_time:,.0f} images/s, {hours:.2f} hours for {args.epochs} epochs, "
-        f"{torch.cuda.max_memory_reserved() / 1e9:.2f} GB of GPU memory")
+        f"{size / step_time:,.0f} images/s, {hours:.2f} hours for {args.epochs} epochs"
+        + (f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of GPU memory" if args.device.type == "cuda" else ""))
 
 # --- output
 
@@ -491,12 +491,12 @@ def machine(device):
 
 # --- command line
 
-def argument(kind, low=-math.inf, high=math.inf):
+def argument(kind, low=None, high=None):
     """An argparse type: `kind` of the text, in low .. high, with an error that tells what is wrong."""
     def parse(text):
         try:
             value = kind(text)
-            check(high == math.inf or low <= value <= high, f"not in {low} .. {high}")   # text has no bounds
+            check(low is None or low <= value <= high, f"not in {low} .. {high}")
             return value
         except Exception as error:   # of the devices that PyTorch knows, some raise anything
             raise argparse.ArgumentTypeError(f"{text}: {one_line(error)}") from None
