@@ -1,250 +1,614 @@
 """Print the results of all runs, draw them, or look into the BatchNorm of a trained network.
 
-    python analyze.py > results/README.md                       # tables, from the records (*.json) in results/
-    python analyze.py --plot                                    # figures, into results/figures
-    python analyze.py results/resnet14-bn-s0.pt --activations   # gamma, beta and ReLUs of one network
+    python analyze.py > results/README.md     # tables, from the records (*.json) in results/
+    python analyze.py --plot                  # figures, into results/figures/
+    python analyze.py results/resnet14-bn-s0.pt --activations     # gamma, beta, ReLUs of a network
 """
 import argparse
 import csv
+import functools
 import os
 import pathlib
-import re
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import nn
 
-from models import count_parameters, empty_model, gammas_and_betas
-from prune import THRESHOLDS, add_to_record, gammas, load_test_data, read_record
-from train import UserError, add_data_arguments, check, evaluate, load_checkpoint, make_parser, one_line, run, say
+from models import empty_model, gammas_and_betas, parse_arch
+from prune import THRESHOLDS, add_to_record, gammas, load_for_test
+from train import (OPTIONS, UserError, add_device_arguments, count_parameters, evaluate, freeze,
+                   load_checkpoint, log, make_parser, one_line, read_record, run_cli)
 
 INTRODUCTION = """# Results
 
-Printed by `python analyze.py` from the records (`*.json`) of runs. Test accuracies on CIFAR-10 in percent, after the
-last epoch, mean ± sample standard deviation over n seeds. "Paper": read off the main figure of the [first
-version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden), mean of five runs.
-"Reproduction": [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), single runs on
-45,000 images, best epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
+Printed by `python analyze.py` from the records (`*.json`) of runs: test accuracies on CIFAR-10 in
+percent, after the last epoch, mean ± sample standard deviation over n seeds. "What trains" is the
+value of `--train`, followed by what else differs from the recipe: normalization, initial values,
+learning rate. "Paper": read off the main figure of the [first
+version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden), mean of
+five runs. "Reproduction":
+[tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), single runs
+on 45,000 images, best epoch by validation. A feature is disabled if its ReLU fires at less than 1 %
+of all positions.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
-HEADER, *ROWS = csv.reader((RESULTS / "published.csv").read_text().splitlines())
-PUBLISHED = {(row[0], mode): cell for row in ROWS for mode, cell in zip(HEADER[1:], row[1:])}
-DEEP, WIDE = [[arch for arch, *_ in ROWS if arch.startswith(kind)] for kind in ("resnet", "wrn")]
 
-# --- records
+# The networks of the paper's figure.
+DEEP = ["resnet14", "resnet32", "resnet56", "resnet110", "resnet218", "resnet434", "resnet866"]
+WIDE = ["wrn14-2", "wrn14-4", "wrn14-8", "wrn14-16", "wrn14-32"]
+
+# The defaults of train.py.
+RECIPE = {name: make_parser().get_default(name) for name in OPTIONS}
+
+# --- runs and published values
 
 def read_results(folder):
-    """Records with the paper's recipe by (arch, mode), such as "bn, layer"; [name, reason] of the files left out."""
-    groups, left_out, default = {}, [], vars(make_parser().parse_args(["--device=cpu"]))
-    for file in sorted(folder.glob("*.json"), key=lambda f: re.sub(r"\d+", lambda n: n[0].zfill(4), f.name)):
+    """The finished runs of the paper's recipe in a folder, and the files that are left out.
+
+    Returns the records in lists, one for each network and variant, {(arch, variant): [record]}, and
+    [file name, reason] of the other files. A record also gets the path of its "checkpoint".
+    """
+    records = []
+    left_out = []
+    for file in sorted(folder.glob("*.json")):
         try:
             record = read_record(file)
-            recipe = "dataset", "epochs", "batch_size", "lr", "weight_decay"
-            check(all(record[o] == default[o] for o in recipe), "not the paper's recipe")
-            variants = [record[o] for o in ("norm", "bn_init", "weight_init") if record[o] != default[o]]
-            group = groups.setdefault((record["arch"], ", ".join([record["train"], *variants])), [])
-            check(all(record["seed"] != r["seed"] for r in group), "another run of the same seed")
-            group.append({**record, "checkpoint": file.with_suffix(".pt")})
-        except (UserError, OSError, ValueError) as error:
-            left_out.append([file.name, one_line(error).removeprefix(f"{file} is ")])
-    return groups, left_out
+            check_recipe(record["options"])
+            record["checkpoint"] = file.with_suffix(".pt")
+            records.append(record)
+        except (UserError, OSError) as error:
+            reason = str(error).removeprefix(f"{file} is ")
+            left_out.append([file.name, one_line(reason)])
+    runs = {}
+    for record in sorted(records, key=order):
+        options = record["options"]
+        group = runs.setdefault((options["arch"], variant(options)), [])
+        if options["seed"] in [other["options"]["seed"] for other in group]:
+            file = record["checkpoint"].with_suffix(".json")
+            left_out.append([file.name, "another run of the same seed"])
+        else:
+            group.append(record)
+    return runs, sorted(left_out)
 
-def column(group, table, name):
-    """The mean over records of a column of their table "prune" or "records": (rows,), or [] if none has it."""
-    columns = [[row[name] for row in record[table]] for record in group if table in record]
-    return np.mean(columns, 0) if columns else columns
+def check_recipe(options):
+    """Raise UserError if more than what makes a variant differs from the paper's recipe."""
+    for name in ("dataset", "epochs", "batch_size", "weight_decay"):
+        if options[name] != RECIPE[name]:
+            raise UserError(f"not the paper's recipe ({name} {options[name]}, not {RECIPE[name]})")
+
+def variant(options):
+    """What trains, and how else a run differs from the recipe, such as "bn, layer, lr 0.03"."""
+    words = [options["train"]] + changed(options, ["norm", "bn_init", "weight_init"])
+    if options["lr"] != RECIPE["lr"]:
+        words.append(f"lr {options['lr']:g}")
+    return ", ".join(words)
+
+def changed(options, names):
+    """The values of those of these options that are not the recipe's."""
+    return [options[name] for name in names if options[name] != RECIPE[name]]
+
+def order(record):
+    """What records are sorted by."""
+    options = record["options"]
+    return row_order((options["arch"], variant(options))), options["seed"]
+
+def row_order(key):
+    """What the rows of a table are sorted by: depth, width, and what trains."""
+    arch, train = key
+    return parse_arch(arch), train
+
+def read_published():
+    """What others report, as text: {(arch, what trains): {"paper": ..., "reproduction": ...}}."""
+    with open(RESULTS / "published.csv", newline="", encoding="utf-8") as file:
+        return {(row["network"], row["train"]): row for row in csv.DictReader(file)}
+
+NOT_PUBLISHED = {"paper": "-", "reproduction": "-"}
+
+def options_of(group):
+    """The options of the first of these runs; the others differ in seed and perhaps in amp."""
+    return group[0]["options"]
+
+def accuracies(group):
+    return [record["test_accuracy"] for record in group]
+
+def prune_rows(group, threshold):
+    """The row of this threshold in the table "prune" of each record that has one."""
+    rows = []
+    for record in group:
+        by_threshold = {row["threshold"]: row for row in record.get("prune", [])}
+        if threshold in by_threshold:
+            rows.append(by_threshold[threshold])
+    return rows
+
+def disabled(group, kind):
+    """The disabled features behind this kind of ReLU, in percent, of each record that has them."""
+    shares = []
+    for record in group:
+        by_kind = {row["relu"]: row for row in record.get("activations", [])}
+        if kind in by_kind:
+            shares.append(by_kind[kind]["disabled"])
+    return shares
 
 # --- tables
 
 def print_table(title, header, rows):
-    """Print cells of text as an aligned Markdown table, without rows and columns of nothing but "-"."""
-    rows = [row for row in rows if {*row[1:]} - {"-"}]
-    columns = [[*cells] for cells in zip(header, *rows) if {*cells[1:]} != {"-"}]
-    for cells in columns:
-        width, right = max(map(len, cells)), all(re.match(r"[-+~]?\d|-?$", cell) for cell in cells[1:])
-        cells[:] = [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
-        cells.insert(1, "-" * (width - right) + ":" * right)
-    if rows:
-        say("\n".join([f"\n## {title}\n", *(f"| {' | '.join(row)} |" for row in zip(*columns))]))
+    """Print cells of text as an aligned Markdown table, or nothing if there is no row."""
+    if not rows:
+        return
+    columns = []
+    for cells in zip(header, *rows):
+        width = max(3, *[len(cell) for cell in cells])
+        if all(is_number(cell) for cell in cells[1:]):
+            column = [cell.rjust(width) for cell in cells]
+            column.insert(1, "-" * (width - 1) + ":")
+        else:
+            column = [cell.ljust(width) for cell in cells]
+            column.insert(1, "-" * width)
+        columns.append(column)
+    log(f"\n## {title}\n")
+    for cells in zip(*columns):
+        log(f"| {' | '.join(cells)} |")
+
+def is_number(cell):
+    """Whether a cell begins like a number, or stands for one that is missing."""
+    return cell == "" or cell[0] in "+-~0123456789"
 
 def spread(values):
     """Mean and sample standard deviation over n seeds as text, "-" if nothing was measured."""
-    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{deviation} (n={len(values)})" if len(values) else "-"
+    n = len(values)
+    if n == 0:
+        return "-"
+    if n == 1:
+        return f"{values[0]:.2f} (n=1)"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (n={n})"
 
-def result_tables(groups):
-    """Yield the tables of what was measured and published: (title, header, rows), all of them text."""
-    accuracy = {**PUBLISHED, **{key: spread([r["test_accuracy"] for r in group]) for key, group in groups.items()}}
+def print_depth(runs, published):
+    print_networks("Depth", DEEP, runs, published)
 
-    def network_row(arch, modes):
-        counts = count_parameters(empty_model(arch))
-        return [arch, f"{counts['all']:,}", f"{counts['bn']:,}", *(accuracy.get((arch, mode), "-") for mode in modes)]
+def print_width(runs, published):
+    print_networks("Width", ["resnet14", *WIDE], runs, published)
 
-    header = ["", "parameters", "BatchNorm"]
-    modes = ["bn", "bn, paper", "bn, reproduction", "all", "all, paper", "all, reproduction"]
-    for title, archs in ("Depth", DEEP), ("Width", [DEEP[0], *WIDE]):
-        yield title, header + modes, [network_row(arch, modes) for arch in archs]
-    pairs = [network_row(deep, modes[:2]) + network_row(wide, modes[:2]) for deep, wide in zip(DEEP[1:], WIDE)]
-    yield "Depth against width, with about as many BatchNorm parameters", 2 * (header + modes[:2]), pairs
+def print_networks(title, archs, runs, published):
+    """A row for each network: only BatchNorm trained, then everything; ours, then published."""
+    header = ["network", "parameters", "BatchNorm"]
+    for train in ("bn", "all"):
+        header += [train, f"{train}, paper", f"{train}, reproduction"]
+    rows = []
+    for arch in archs:
+        counts = counts_of(arch)
+        row = [arch, f"{counts['all']:,}", f"{counts['bn']:,}"]
+        for train in ("bn", "all"):
+            theirs = published.get((arch, train), NOT_PUBLISHED)
+            ours = spread(accuracies(runs.get((arch, train), [])))
+            row += [ours, theirs["paper"], theirs["reproduction"]]
+        rows.append(row)
+    print_table(title, header, rows)
 
-    columns = dict.fromkeys((arch, source) for arch, mode in groups if mode not in modes for source in ("", ", paper"))
-    modes = dict.fromkeys(re.sub(", (paper|reproduction)", "", mode) for _, mode in [*PUBLISHED, *groups])
-    yield "What trains", ["", *map("".join, columns)], [
-        [mode, *(accuracy.get((arch, mode + source), "-") for arch, source in columns)] for mode in modes]
+@functools.cache   # because resnet866 has thousands of modules
+def counts_of(arch):
+    return count_parameters(empty_model(arch))
 
-    disabled, pruning, runs = [], [], []
-    for key, group in groups.items():
-        name = " ".join(key)
-        relus = [record["activations"] for record in group if "activations" in record]
-        disabled.append([name, *(spread([rows[i]["disabled"] for rows in relus]) for i in range(3))])
-        changes = zip(column(group, "prune", "change")[1:], column(group, "prune", "pruned")[1:])   # nothing is below 0
-        pruning.append([f"{name} (n={sum('prune' in r for r in group)})", *(f"{d:+.2f} ({s:.1f})" for d, s in changes)])
+def print_what_trains(runs, published):
+    """A row for each network and what was trained of it, with BatchNorm.
+
+    The paper's rows without a run of ours are those of the networks that have any run but "bn" and
+    "all", which the tables above show.
+    """
+    keys = [key for key in runs if options_of(runs[key])["norm"] == "batch"]
+    archs = {arch for arch, train in keys if train not in ("bn", "all")}
+    for arch, train in published:
+        if arch in archs and train not in ("bn", "all") and (arch, train) not in keys:
+            keys.append((arch, train))
+    rows = []
+    for arch, train in sorted(keys, key=row_order):
+        group = runs.get((arch, train), [])
+        theirs = published.get((arch, train), NOT_PUBLISHED)
+        if group:
+            counts = group[0]["parameters"]
+        else:
+            model = empty_model(arch)
+            freeze(model, train, seed=0)
+            counts = count_parameters(model)
+        ours = spread(accuracies(group))
+        rows.append([arch, train, f"{counts['trained']:,}", ours, theirs["paper"]])
+    header = ["network", "what trains", "parameters trained", "here", "paper"]
+    print_table("What trains", header, rows)
+
+def print_normalizations(runs):
+    """Runs with other normalizations, and those of the same networks that train BatchNorm alone."""
+    archs = set()
+    for (arch, _), group in runs.items():
+        if options_of(group)["norm"] != "batch":
+            archs.add(arch)
+    rows = []
+    for (arch, _), group in runs.items():
+        options = options_of(group)
+        norm = options["norm"]
+        words = [options["train"]] + changed(options, ["bn_init", "weight_init"])
+        trains = ", ".join(words)
+        if arch in archs and (norm != "batch" or trains == "bn"):
+            small = [row["pruned"] for row in prune_rows(group, 0.01)]
+            rows.append([arch, norm, f"{options['lr']:g}", trains, spread(accuracies(group)),
+                         spread(small), spread(disabled(group, "all"))])
+    header = ["network", "norm", "learning rate", "what trains", "accuracy",
+              "gammas below 0.01 (%)", "disabled features (%)"]
+    print_table("Other normalizations", header, rows)
+
+def print_disabled(runs):
+    rows = []
+    for (arch, train), group in runs.items():
+        cells = [spread(disabled(group, kind)) for kind in RELUS]
+        if any(cell != "-" for cell in cells):
+            rows.append([arch, train, *cells])
+    print_table("Disabled features (%), by their ReLU", ["network", "what trains", *RELUS], rows)
+
+def print_pruning(runs):
+    """Means over the n records that have a table "prune"."""
+    thresholds = [threshold for threshold in THRESHOLDS if threshold > 0]   # nothing is below 0
+    rows = []
+    for (arch, train), group in runs.items():
+        n = sum("prune" in record for record in group)
+        if n > 0:
+            cells = [pruning_cell(prune_rows(group, threshold)) for threshold in thresholds]
+            rows.append([arch, train, str(n), *cells])
+    title = ("Gammas below a threshold set to zero: "
+             "change of accuracy in points (share of gammas, %)")
+    header = ["network", "what trains", "n", *(f"< {threshold:g}" for threshold in thresholds)]
+    print_table(title, header, rows)
+
+def pruning_cell(rows):
+    if not rows:
+        return "-"
+    change = np.mean([row["change"] for row in rows])
+    share = np.mean([row["pruned"] for row in rows])
+    return f"{change:+.2f} ({share:.1f})"
+
+def print_runs(runs):
+    """A row for each session that trained an epoch; a run that was resumed has several."""
+    rows = []
+    for (arch, train), group in runs.items():
         for record in group:
-            hours = f"{sum(epoch['seconds'] for epoch in record['records']) / 3600:.2f}"
-            row = [name, str(record["seed"]), record["amp"], f"{record['test_accuracy']:.2f}", hours]
-            for part in record["parts"]:   # more if resumed
-                commit = re.sub("(.{7}).{33}", r"\1", part["commit"] or "not in git")
-                runs.append([*row, str(part["first_epoch"]), part["hardware"], part["torch"], commit])
-                row = 5 * [""]
-    yield "Disabled features (%), by their ReLU", ["", *RELUS], disabled
-    yield ("Gammas below a threshold set to zero: change of accuracy in points (share of gammas, %)",
-           ["", *(f"< {threshold:g}" for threshold in THRESHOLDS[1:])], pruning)
-    yield ("Runs: python train.py --arch ... --train ...",
-           ["", "--seed", "--amp", "accuracy", "hours", "from epoch", "hardware", "torch", "commit"], runs)
+            options = record["options"]
+            about_run = [arch, train, str(options["seed"]), options["amp"],
+                         f"{record['test_accuracy']:.2f}", f"{record['seconds'] / 3600:.2f}"]
+            for session in sessions_with_epochs(record):
+                rows.append([*about_run, str(session["first_epoch"]), session["hardware"],
+                             session["torch"], short_commit(session["commit"])])
+                about_run = [""] * len(about_run)
+    header = ["network", "what trains", "--seed", "--amp", "accuracy", "hours",
+              "from epoch", "hardware", "torch", "commit"]
+    print_table("Runs", header, rows)
+
+def sessions_with_epochs(record):
+    """The sessions of a run but those that ended before their first epoch did."""
+    sessions = record["sessions"]
+    next_epochs = [session["first_epoch"] for session in sessions[1:]]
+    next_epochs.append(len(record["epochs"]) + 1)
+    return [session for session, next_epoch in zip(sessions, next_epochs)
+            if session["first_epoch"] < next_epoch]
+
+def short_commit(commit):
+    """Seven of the forty digits of a commit, and "-dirty" if that follows; or "unknown"."""
+    if commit is None:
+        return "not in git"
+    return commit[:7] + commit[40:]
+
+def print_left_out(left_out):
+    print_table("Left out", ["file", "reason"], left_out)
 
 # --- one network
 
-RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}   # how their names end
+# The kinds of ReLUs, and how their names in the network end.
+RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
-def print_histogram(title, tensors):
-    """A line for each bin of 0.05; the middle one is centred at zero, so that a spike there shows."""
-    values = torch.cat([tensor.detach().flatten() for tensor in tensors]).numpy()
-    counts, edges = np.histogram(values, np.arange(-41, 42, 2) / 40)
-    say(f"\n## {title}\n\n```")
-    for edge, share in zip(edges, 100 * counts / len(values)):
-        say(f"{edge + 0.025:+.2f} {share:6.2f} % {round(share) * '#'}".rstrip())
-    say(f"beyond{100 - 100 * counts.sum() / len(values):6.2f} %\n```")
+def print_network(path, args):
+    """Print gamma and beta of a checkpoint and, with --activations, how often its ReLUs fire."""
+    model, checkpoint = load_checkpoint(path)
+    options = checkpoint["options"]
+    log(f"# {path}\n")
+    log(" ".join(f"--{name} {options[name]}" for name in ("arch", "train", "norm", "seed")))
+    betas = [beta.detach() for _, _, beta in gammas_and_betas(model)]
+    print_histogram("Distribution of gamma", gammas(model).numpy())
+    print_histogram("Distribution of beta", torch.cat(betas).numpy())
+    if args.activations:
+        print_activations(path, args)
+
+def print_histogram(title, values):
+    """A line for each bin of 0.05; the middle one is centred at 0, so that a spike there shows."""
+    edges = np.arange(-41, 42, 2) / 40
+    counts, _ = np.histogram(values, edges)
+    log(f"\n## {title}\n\n```")
+    for edge, count in zip(edges, counts):
+        share = 100 * count / len(values)
+        log(f"{edge + 0.025:+.2f} {share:6.2f} % {'#' * round(share)}".rstrip())
+    beyond = 100 - 100 * counts.sum() / len(values)
+    log(f"beyond{beyond:6.2f} %\n```")
+
+def print_activations(path, args):
+    """Measure how often the ReLUs fire, print it, and add it to the record of the run."""
+    model, checkpoint, images, labels, amp = load_for_test(path, args)
+    table = relu_table(model, images, labels, amp)
+    add_to_record(path, checkpoint, "activations", table)
+    rows = []
+    for row in table:
+        percentages = [f"{row['fires']:.2f}", f"{row['disabled']:.2f}"]
+        rows.append([row["relu"], str(row["features"]), *percentages])
+    print_table("ReLUs on the test images (%)", ["ReLU", "features", "fires", "disabled"], rows)
 
 def relu_table(model, images, labels, amp):
-    """How often each kind of ReLU "fires" and how many are "disabled", in percent, as one dict per kind."""
-    fires, table = {}, []
+    """How often the features of each kind of ReLU fire, over all test images and positions.
 
-    def count(module, inputs, output):   # (B, C, H, W) -> (C,), the share of all positions that are positive
+    A dict per kind: "relu", the number of "features", at how many positions one "fires" (the mean),
+    and how many are "disabled", because they fire at less than 1 %; both in percent.
+    """
+    fires = {}   # by ReLU: (C,), the share of positive positions, added up over images
+
+    def count(module, inputs, output):
+        """output: (B, C, H, W)"""
+        shares = (output > 0).float().mean((2, 3))
+        fires[module] += shares.sum(0).cpu().double()
+
+    hooks = []
+    for module in model.modules():
         if isinstance(module, nn.ReLU):
-            fires[module] = fires.get(module, 0) + (output > 0).float().mean((2, 3)).sum(0).cpu().double()
+            fires[module] = 0
+            hooks.append(module.register_forward_hook(count))
+    evaluate(model, images, labels, amp)
+    for hook in hooks:
+        hook.remove()
 
-    with nn.modules.module.register_module_forward_hook(count):
-        evaluate(model, images, labels, amp)
+    table = []
     for kind, end in RELUS.items():
-        kinds = [fires[m] for name, m in model.named_modules() if m in fires and name.endswith(end)]
-        share = torch.cat(kinds) / len(images)
-        table.append({"relu": kind, "features": len(share), "fires": 100 * share.mean().item(),
-                      "disabled": 100 * (share < 0.01).double().mean().item()})
+        of_kind = []
+        for name, module in model.named_modules():
+            if module in fires and name.endswith(end):
+                of_kind.append(fires[module])
+        shares = torch.cat(of_kind) / len(images)
+        table.append({
+            "relu": kind,
+            "features": len(shares),
+            "fires": 100 * shares.mean().item(),
+            "disabled": 100 * (shares < 0.01).double().mean().item(),
+        })
     return table
-
-def print_network(checkpoint, args):
-    """Print gamma and beta of one network and, with --activations, how often its ReLUs fire."""
-    model, state = load_checkpoint(checkpoint)
-    options, (_, gamma, beta) = state["options"], zip(*gammas_and_betas(model))
-    say(f"# {checkpoint}\n\n" + " ".join(f"--{o} {options[o]}" for o in ("arch", "train", "norm", "seed")))
-    print_histogram("Distribution of gamma", gamma)
-    print_histogram("Distribution of beta", beta)
-    if args.activations:
-        model.to(args.device, memory_format=torch.channels_last)
-        relus = relu_table(model, *load_test_data(state, args), options["amp"])
-        if args.dataset in (None, options["dataset"]):
-            add_to_record(checkpoint, state, "activations", relus)
-        print_table("ReLUs on the test images (%)", ["", "features", "fires", "disabled"], [
-            [r["relu"], str(r["features"]), f"{r['fires']:.2f}", f"{r['disabled']:.2f}"] for r in relus])
 
 # --- figures
 
 # Colours of Okabe and Ito that show on white and on black, and the text of the legend.
-LOOKS = {"bn": ("#3A8FD0", "only BatchNorm"), "wide": ("#CC79A7", "only BatchNorm, wider"),
-         "all": ("#D55E00", "everything"), "random": ("#009E73", "as many random weights")}
-GREY = ["axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"]
+LOOKS = {
+    "bn": ("#3A8FD0", "only BatchNorm"),
+    "wide": ("#CC79A7", "only BatchNorm, wider"),
+    "all": ("#D55E00", "everything"),
+    "random": ("#009E73", "as many random weights"),
+}
+SETTINGS = {
+    "axes.edgecolor": "gray",
+    "axes.labelcolor": "gray",
+    "xtick.color": "gray",
+    "ytick.color": "gray",
+    "text.color": "gray",
+    "axes.xmargin": 0.16,
+    "axes.ymargin": 0.1,
+    "svg.hashsalt": "0",   # the same file each time
+}
 
-def draw(groups, folder):
+def require_matplotlib():
+    """Raise UserError unless there is a matplotlib that can place a legend outside of the axes."""
+    try:
+        import matplotlib
+        version = matplotlib.__version__
+    except ImportError:
+        version = "0.0"
+    major, minor = version.split(".")[:2]
+    if (int(major), int(minor)) < (3, 7):
+        raise UserError("--plot needs matplotlib 3.7 or newer: pip install -U matplotlib", 2)
+
+def draw(runs, published, folder):
     """Write the figures as SVG files and return them by name. A line's gid tells what it shows."""
-    from matplotlib import figure, rcParams
-    rcParams.update({**dict.fromkeys(GREY, "gray"), "axes.xmargin": 0.16, "axes.ymargin": 0.1, "svg.hashsalt": "0"})
-    figures = {}
+    import matplotlib
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()   # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(SETTINGS)
+        figures = {
+            "accuracy": draw_accuracy(runs, published),
+            "gamma": draw_gamma(runs),
+            "pruning": draw_pruning(runs),
+            "epochs": draw_epochs(runs),
+        }
+        for name, figure in figures.items():
+            add_legend(figure)
+            file = folder / f"{name}.svg"
+            figure.savefig(file, transparent=True, metadata={"Date": None})
+            log(f"wrote {file}")
+    return figures
 
-    def new(name, x_label, y_label="test accuracy (%)", panels=1):
-        figures[name] = figure.Figure((7.5, 4), layout="constrained")
-        axes = figures[name].subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
-        axes[0].set(xlabel=x_label, ylabel=y_label)
-        return axes
+def new_figure(x_label, y_label, panels=1):
+    """A figure, and its panels side by side in a list of axes."""
+    from matplotlib.figure import Figure
+    figure = Figure((7.5, 4), layout="constrained")
+    axes = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
+    for ax in axes:
+        ax.set_xlabel(x_label)
+    axes[0].set_ylabel(y_label)
+    return figure, axes
 
-    [ax] = new("accuracy", "BatchNorm parameters")
+def add_legend(figure):
+    """One legend for all panels, above them."""
+    handles = {}   # by label: panels have the same ones
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles[label] = handle
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3,
+                  frameon=False)
+
+def draw_accuracy(runs, published):
+    """Accuracy against the number of BatchNorm parameters: ours solid, the paper's dotted."""
+    figure, [ax] = new_figure("BatchNorm parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    for look, mode, archs in ("bn", "bn", DEEP), ("wide", "bn", WIDE), ("random", "random", DEEP):
-        color, label = LOOKS[look]
-        count = {arch: count_parameters(empty_model(arch))["bn"] for arch in archs}
-        runs = [(count[arch], [r["test_accuracy"] for r in groups.get((arch, mode), [])]) for arch in archs]
-        ours = [(n, np.mean(values), np.std(values, ddof=len(values) > 1)) for n, values in runs if values]
-        ax.errorbar(*np.reshape(ours, (-1, 3)).T, fmt="o-", capsize=3, color=color, label=label, gid=look)
-        if mode == "bn":
-            paper = [np.mean([*map(float, re.findall(r"[\d.]+", PUBLISHED[arch, "bn, paper"]))]) for arch in archs]
-            ax.plot(count.values(), paper, "o:", mfc="none", color=color, label=f"{label}, paper", gid=f"{look}, paper")
-            offset, side = ((-6, 3), "right") if look == "bn" else ((6, -8), "left")
-            for arch, *point in zip(archs, count.values(), paper):
-                ax.annotate(arch, point, offset, textcoords="offset points", ha=side, color=color)
+    draw_our_accuracy(ax, runs, DEEP, "bn", "bn")
+    draw_paper_accuracy(ax, published, DEEP, "bn", offset=(-6, 3), side="right")
+    draw_our_accuracy(ax, runs, WIDE, "bn", "wide")
+    draw_paper_accuracy(ax, published, WIDE, "wide", offset=(6, -8), side="left")
+    draw_our_accuracy(ax, runs, DEEP, "random", "random")
+    return figure
 
-    panels = [arch for arch in DEEP if (arch, "bn") in groups] or DEEP[:1]
-    spikes = new("gamma", "|gamma|", "gammas in a bin of 0.05 (%)", len(panels))
-    [zeroed], [curves] = new("pruning", "gammas set to zero (%)"), new("epochs", "epoch")
-    for (arch, mode), group in groups.items():
-        if mode in LOOKS and arch in panels:
-            line = {"color": LOOKS[mode][0], "label": LOOKS[mode][1], "gid": f"{arch} {mode}"}
-            ends = (zeroed, "pruned", "prune", "o-", 0, "right"), (curves, "epoch", "records", "-", -1, "left")
-            for ax, name, table, style, end, side in ends:
-                x, y = column(group, table, name), column(group, table, "test_accuracy")
-                ax.plot(x, y, style, **line)
-                if len(x):
-                    ax.annotate(f"  {arch}  ", (x[end], y[end]), ha=side, va="center", color=line["color"])
-            files = [record["checkpoint"] for record in group if record["checkpoint"].exists()]
-            if files and mode != "random":
-                values = torch.cat([gammas(load_checkpoint(file)[0]).abs() for file in files])
-                counts, edges = np.histogram(values, np.arange(32) / 20)
-                spikes[panels.index(arch)].stairs(100 * counts / len(values), edges, fill=True, alpha=0.6, **line)
-                spikes[panels.index(arch)].set(title=arch, xlabel="|gamma|")
+def draw_our_accuracy(ax, runs, archs, train, look):
+    """Means of these networks, and sample standard deviations as error bars."""
+    counts = []
+    means = []
+    deviations = []
+    for arch in archs:
+        values = accuracies(runs.get((arch, train), []))
+        if values:
+            counts.append(counts_of(arch)["bn"])
+            means.append(np.mean(values))
+            deviations.append(np.std(values, ddof=1) if len(values) > 1 else 0)
+    color, label = LOOKS[look]
+    if counts:
+        ax.errorbar(counts, means, deviations, fmt="o-", capsize=3, color=color, label=label,
+                    gid=look)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, drawn in figures.items():
-        handles = {label: handle for ax in drawn.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-        drawn.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False)
-        drawn.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
-        say(f"wrote {folder / name}.svg")
-    return figures
+def draw_paper_accuracy(ax, published, archs, look, offset, side):
+    """The paper's accuracies of these networks, BatchNorm alone trained, with their names."""
+    counts = [counts_of(arch)["bn"] for arch in archs]
+    values = [published_number(published[arch, "bn"]["paper"]) for arch in archs]
+    color, label = LOOKS[look]
+    ax.plot(counts, values, "o:", mfc="none", color=color, label=f"{label}, paper",
+            gid=f"{look}, paper")
+    for arch, count, value in zip(archs, counts, values):
+        ax.annotate(arch, (count, value), offset, textcoords="offset points", ha=side, color=color)
+
+def published_number(text):
+    """The number in "48.1" or in "~79.7", the middle of "82.0-83.9"."""
+    ends = [float(end) for end in text.removeprefix("~").split("-")]
+    return sum(ends) / len(ends)
+
+def drawn_archs(runs):
+    """The networks of all figures but the first: those of which BatchNorm alone was trained."""
+    return [arch for arch in DEEP if (arch, "bn") in runs] or ["resnet14"]
+
+def drawn_runs(runs):
+    """The (arch, what trains, records) of the figures of pruning and epochs."""
+    drawn = []
+    for arch in drawn_archs(runs):
+        for train in ("all", "bn", "random"):
+            if (arch, train) in runs:
+                drawn.append((arch, train, runs[arch, train]))
+    return drawn
+
+def draw_gamma(runs):
+    """The distribution of |gamma|, a panel for each network."""
+    archs = drawn_archs(runs)
+    figure, axes = new_figure("|gamma|", "gammas in a bin of 0.05 (%)", len(archs))
+    edges = np.arange(32) / 20
+    for arch, ax in zip(archs, axes):
+        ax.set_title(arch)
+        for train in ("all", "bn"):
+            values = stored_gammas(runs.get((arch, train), []))
+            if values:
+                counts, _ = np.histogram(np.abs(values), edges)
+                color, label = LOOKS[train]
+                ax.stairs(100 * counts / len(values), edges, fill=True, alpha=0.6, color=color,
+                          label=label, gid=f"{arch} {train}")
+    return figure
+
+def stored_gammas(group):
+    """The gammas in those checkpoints of these runs that exist and can be read, as one list."""
+    values = []
+    for record in group:
+        try:
+            model, _ = load_checkpoint(record["checkpoint"])
+            values += gammas(model).tolist()
+        except FileNotFoundError:   # large checkpoints may be left out of a copy of the results
+            continue
+        except (UserError, OSError) as error:
+            log(f"not in the figure: {one_line(error)}")
+    return values
+
+def draw_pruning(runs):
+    """Accuracy against the share of gammas set to zero, a point for each threshold."""
+    figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
+    for arch, train, group in drawn_runs(runs):
+        shares = []
+        means = []
+        for threshold in THRESHOLDS:
+            rows = prune_rows(group, threshold)
+            if rows:
+                shares.append(np.mean([row["pruned"] for row in rows]))
+                means.append(np.mean([row["test_accuracy"] for row in rows]))
+        if shares:
+            draw_curve(ax, arch, train, shares, means, "o-", end=0, side="right")
+    return figure
+
+def draw_epochs(runs):
+    """Accuracy after each epoch."""
+    figure, [ax] = new_figure("epoch", "test accuracy (%)")
+    for arch, train, group in drawn_runs(runs):
+        curves = []
+        for record in group:
+            curves.append([epoch["test_accuracy"] for epoch in record["epochs"]])
+        means = np.mean(curves, axis=0)
+        epochs = range(1, len(means) + 1)
+        draw_curve(ax, arch, train, epochs, means, "-", end=-1, side="left")
+    return figure
+
+def draw_curve(ax, arch, train, x, y, style, end, side):
+    """A line in the look of what trains, with the network's name at its first or last point."""
+    color, label = LOOKS[train]
+    ax.plot(x, y, style, color=color, label=label, gid=f"{arch} {train}")
+    ax.annotate(f"  {arch}  ", (x[end], y[end]), ha=side, va="center", color=color)
 
 # --- command line
 
-def main():
-    parser = argparse.ArgumentParser(description="Print or draw the results of all runs, or look into checkpoints.")
-    add = parser.add_argument
-    add("checkpoints", nargs="*", type=os.path.expanduser, metavar="x.pt", help="written by train.py")
-    add("--activations", action="store_true", help="also how often the ReLUs of the checkpoints fire")
-    add("--results", type=os.path.expanduser, default=RESULTS, metavar="DIR", help="folder of the records")
-    add("--plot", type=os.path.expanduser, nargs="?", const=True, metavar="DIR", help="draw, by default in --results")
-    add_data_arguments(parser, None)
+def parse_command_line():
+    parser = argparse.ArgumentParser(
+        description="Print or draw the results of all runs, or look into checkpoints.")
+    parser.add_argument("checkpoints", nargs="*", type=os.path.expanduser, metavar="x.pt",
+                        help="written by train.py")
+    parser.add_argument("--activations", action="store_true",
+                        help="also how often the ReLUs of the checkpoints fire")
+    parser.add_argument("--results", type=os.path.expanduser, default=RESULTS, metavar="DIR",
+                        help="folder of the records")
+    parser.add_argument("--plot", type=os.path.expanduser, nargs="?", const="", metavar="DIR",
+                        help="draw, by default into the folder figures in --results")
+    add_device_arguments(parser)
     args = parser.parse_args()
-    if args.activations and not args.checkpoints or not os.path.isdir(args.results):
-        parser.error("--activations needs checkpoints, and --results a folder")
-    if args.plot and not find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    for checkpoint in args.checkpoints:
-        print_network(checkpoint, args)
-    if args.checkpoints:
+    args.results = pathlib.Path(args.results)
+    if args.activations and not args.checkpoints:
+        parser.error("--activations needs checkpoints")
+    if not args.checkpoints and not args.results.is_dir():
+        parser.error(f"argument --results: {args.results}: not a folder")
+    return args
+
+def main():
+    args = parse_command_line()
+    for path in args.checkpoints:
+        print_network(path, args)
+    if not args.checkpoints:
+        print_or_draw_results(args)
+
+def print_or_draw_results(args):
+    if args.plot is not None:
+        require_matplotlib()
+    runs, left_out = read_results(args.results)
+    if not runs:
+        print_left_out(left_out)
+        raise UserError(f"no record of a finished run of the recipe in {args.results}")
+    published = read_published()
+    if args.plot is not None:
+        draw(runs, published, pathlib.Path(args.plot or args.results / "figures"))
         return
-    groups, rest = read_results(pathlib.Path(args.results))
-    if args.plot:
-        return draw(groups, pathlib.Path(args.results, "figures") if args.plot is True else pathlib.Path(args.plot))
-    say(INTRODUCTION, end="")
-    for table in *result_tables(groups), ("Left out", ["file", "reason"], rest):
-        print_table(*table)
+    log(INTRODUCTION, end="")
+    print_depth(runs, published)
+    print_width(runs, published)
+    print_what_trains(runs, published)
+    print_normalizations(runs)
+    print_disabled(runs)
+    print_pruning(runs)
+    print_runs(runs)
+    print_left_out(left_out)
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)

@@ -1,7 +1,8 @@
-"""The CIFAR-10 ResNets and WRNs of "Training BatchNorm and Only BatchNorm" (arXiv 2003.00152), with random weights.
+"""The CIFAR-10 ResNets and WRNs of "Training BatchNorm and Only BatchNorm" (arXiv 2003.00152).
 
-A name gives the architecture: `resnet<D>` has depth D = 6n + 2, `wrn<D>-<K>` is the same, K times as wide. A name and
-a seed give all initial values (see `initialize`). Trainable parameters, as in the paper's table:
+A name gives the architecture: `resnet<D>` has depth D = 6n + 2, and `wrn<D>-<K>` is the same,
+K times as wide. A name and a seed give all initial values (see `initialize`). Trainable parameters,
+as in the paper's table:
 
     network      all  BatchNorm        network          all  BatchNorm
     resnet14     175,258  1,120        wrn14-2      696,618      2,240
@@ -17,27 +18,33 @@ import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # --- architecture
 
 class Block(nn.Module):
-    """Basic residual block: conv3x3, BN, ReLU, conv3x3, BN, add the shortcut, ReLU (He et al., arXiv 1512.03385).
+    """Basic residual block (He et al., arXiv 1512.03385).
 
-    (B, c_in, H, W) -> (B, c_out, H / stride, W / stride). The shortcut is the identity, or a 1x1 convolution + BN.
+    conv3x3, BN, ReLU, conv3x3, BN, add the shortcut, ReLU:
+    (B, c_in, H, W) -> (B, c_out, H / stride, W / stride).
+    The shortcut is the identity, or with stride 2 a 1x1 convolution and BN.
     """
 
-    def __init__(self, c_in, c_out, stride, norm=nn.BatchNorm2d):
+    def __init__(self, c_in, c_out, stride, norm="batch"):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.bn1 = norm(c_out)
+        self.conv1 = convolution(c_in, c_out, 3, stride, norm)
+        self.bn1 = NORMS[norm](c_out)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.bn2 = norm(c_out)
+        self.conv2 = convolution(c_out, c_out, 3, 1, norm)
+        self.bn2 = NORMS[norm](c_out)
         self.relu2 = nn.ReLU(inplace=True)
         self.shortcut = nn.Identity()
         if stride == 2:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
+            self.shortcut = nn.Sequential(
+                convolution(c_in, c_out, 1, stride, norm),
+                NORMS[norm](c_out),
+            )
 
     def forward(self, x):
         out = self.relu1(self.bn1(self.conv1(x)))
@@ -46,17 +53,18 @@ class Block(nn.Module):
         return self.relu2(out)
 
 class ResNet(nn.Module):
-    """CIFAR ResNet of depth 6n + 2 and the given width: (B, 3, 32, 32) normalized images -> (B, 10) logits."""
+    """CIFAR ResNet of depth 6n + 2: (B, 3, 32, 32) normalized images -> (B, 10) logits."""
 
-    def __init__(self, depth, width=1, norm=nn.BatchNorm2d):
+    def __init__(self, depth, width=1, norm="batch"):
         super().__init__()
-        n, c = (depth - 2) // 6, 16 * width
-        self.conv = nn.Conv2d(3, c, 3, padding=1, bias=False)
-        self.bn = norm(c)
+        n = (depth - 2) // 6
+        c = 16 * width
+        self.conv = convolution(3, c, 3, 1, norm)
+        self.bn = NORMS[norm](c)
         self.relu = nn.ReLU(inplace=True)
-        self.stage1 = nn.Sequential(*[Block(c, c, 1, norm) for _ in range(n)])
-        self.stage2 = nn.Sequential(Block(c, 2 * c, 2, norm), *[Block(2 * c, 2 * c, 1, norm) for _ in range(n - 1)])
-        self.stage3 = nn.Sequential(Block(2 * c, 4 * c, 2, norm), *[Block(4 * c, 4 * c, 1, norm) for _ in range(n - 1)])
+        self.stage1 = stage(n, c, c, 1, norm)
+        self.stage2 = stage(n, c, 2 * c, 2, norm)
+        self.stage3 = stage(n, 2 * c, 4 * c, 2, norm)
         self.fc = nn.Linear(4 * c, 10)
 
     def forward(self, x):
@@ -65,166 +73,246 @@ class ResNet(nn.Module):
         x = self.stage2(x)   # (B, 32w, 16, 16)
         x = self.stage3(x)   # (B, 64w, 8, 8)
         # avg_pool2d, because its gradient keeps the channels_last layout; mean() does not.
-        x = nn.functional.avg_pool2d(x, 8)
+        x = F.avg_pool2d(x, 8)   # (B, 64w, 1, 1)
         return self.fc(x.flatten(1))
 
+def stage(n, c_in, c_out, stride, norm):
+    """n blocks, of which the first has this stride."""
+    blocks = [Block(c_in, c_out, stride, norm)]
+    for _ in range(n - 1):
+        blocks.append(Block(c_out, c_out, 1, norm))
+    return nn.Sequential(*blocks)
+
+def convolution(c_in, c_out, kernel_size, stride, norm):
+    """A convolution without a bias, unless it normalizes its own weights (`norm` "weight")."""
+    padding = kernel_size // 2
+    if norm == "weight":
+        return WeightNormConv2d(c_in, c_out, kernel_size, stride, padding)
+    return nn.Conv2d(c_in, c_out, kernel_size, stride, padding, bias=False)
+
 def parse_arch(arch):
-    """The (depth, width) of a name such as `resnet866` or `wrn14-32`. Raises ValueError for any other name."""
-    match = re.fullmatch(r"resnet([1-9]\d{0,3})|wrn([1-9]\d{0,3})-([1-9]\d{0,2})", arch, re.ASCII)
-    if not match:
-        raise ValueError("networks are called resnet<depth> or wrn<depth>-<width>, such as resnet866 or wrn14-32")
-    depth, width = int(match[1] or match[2]), int(match[3] or 1)
+    """The (depth, width) of a name such as `resnet866` or `wrn14-32`, or a ValueError."""
+    resnet = re.fullmatch(r"resnet([1-9][0-9]{0,3})", arch)
+    wrn = re.fullmatch(r"wrn([1-9][0-9]{0,3})-([1-9][0-9]{0,2})", arch)
+    if resnet:
+        depth, width = int(resnet[1]), 1
+    elif wrn:
+        depth, width = int(wrn[1]), int(wrn[2])
+    else:
+        raise ValueError("networks are called resnet<depth> or wrn<depth>-<width>, "
+                         "such as resnet866 or wrn14-32")
     if depth < 8 or depth % 6 != 2:
-        raise ValueError(f"the depth must be 6n + 2, such as {max(8, depth - (depth - 2) % 6)}")
+        nearest = max(8, depth - (depth - 2) % 6)
+        raise ValueError(f"the depth must be 6n + 2, such as {nearest}")
     return depth, width
 
-# The parts that can be trained, as predicates (module, name of its parameter, parameter); a new row may overlap others.
-# "bn" is the normalization, whichever it is; original0 is the g of weight normalization.
-PARTS = {
-    "conv": lambda module, name, p: p.shape[2:] == (3, 3),
-    "bn": lambda module, name, p: name == "original0" or p.dim() == 1 and not isinstance(module, nn.Linear),
-    "shortcut": lambda module, name, p: p.shape[2:] == (1, 1) and name != "original0",
-    "output": lambda module, name, p: isinstance(module, nn.Linear),
-}
-
-def parameters_of(model, parts):
-    """The parameters of a model that belong to any of these PARTS, in the model's order."""
-    return [parameter for module in model.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if any(PARTS[part](module, name, parameter) for part in parts)]
-
-def count_parameters(model):
-    """How many parameters a model has, in all and by part; "shortcut" without BatchNorm, as in the paper's table."""
-    counts = {part: sum(p.numel() for p in parameters_of(model, [part])) for part in PARTS}
-    return {"all": sum(p.numel() for p in model.parameters()), **counts}
-
-def gammas_and_betas(model):
-    """The (name, gamma, beta) of each normalization layer, in the model's order; (name, g, b) with --norm weight."""
-    return [(name, module.parametrizations.weight.original0 if isinstance(module, nn.Conv2d) else module.weight,
-             module.bias) for name, module in model.named_modules()
-            if getattr(module, "bias", None) is not None and not isinstance(module, nn.Linear)]
-
-# --- initial values
-
 def empty_model(arch, norm="batch"):
-    """The network of this name without storage (on the meta device), to count or to fill."""
-    with torch.device("meta"):   # skips PyTorch's own initialization, whose values depend on its version
-        model = ResNet(*parse_arch(arch), NORMS[norm])
-        if norm == "weight":
-            normalize_weights(model)
-    return model
+    """The network of this name without storage (on the meta device), to count its parameters."""
+    depth, width = parse_arch(arch)
+    with torch.device("meta"):
+        return ResNet(depth, width, norm)
 
 def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaiming_normal"):
-    """The network of this name with the initial values of this seed (0 .. 2^32 - 1), on the CPU in float32."""
-    model = empty_model(arch, norm).to_empty(device="cpu")
+    """The network of this name with the initial values of this seed, on the CPU in float32.
+
+    seed: 0 .. 2^32 - 1; norm, bn_init, weight_init: keys of NORMS, BN_INITS, WEIGHT_INITS.
+    """
+    depth, width = parse_arch(arch)
+    with torch.device("cpu"):   # whatever the default device and dtype of the caller
+        model = ResNet(depth, width, norm).float()
     initialize(model, seed, bn_init, weight_init)
     return model
 
+def gammas_and_betas(model):
+    """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,)."""
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, WeightNormConv2d):
+            layers.append((name, module.gain, module.bias))
+        elif hasattr(module, "weight") and module.weight.dim() == 1:
+            layers.append((name, module.weight, module.bias))
+    return layers
+
+# --- initial values
+
 @torch.no_grad()
 def initialize(model, seed, bn_init, weight_init):
-    """Draw all initial values as the paper's code does (OpenLTH: kaiming_normal weights, uniform BatchNorm).
+    """Draw all initial values as the paper's code does (OpenLTH: kaiming_normal, uniform).
 
-    Convolutions and the linear weight: N(0, 2 / fan_in). Linear bias: U(-b, b), b = fan_in ** -0.5 (PyTorch's
-    default). Gamma: U(0, 1), beta: 0. Everything comes from NumPy's legacy RandomState, module by module, because
-    its stream is frozen (NEP 19): a name and a seed mean the same features on every machine and in every version.
+    Convolutions and the linear weight: N(0, 2 / fan_in). Linear bias: U(-b, b), b = fan_in ** -0.5
+    (PyTorch's default). Gamma: U(0, 1), beta: 0; with weight normalization, gain = gamma |v|.
+    Everything comes from NumPy's legacy RandomState, module by module, because its stream is frozen
+    (NEP 19): a name and a seed mean the same features on every machine and in every version.
     """
-    for parameter in model.parameters():
-        parameter.fill_(math.nan)   # one that is forgotten below must show
     rng = np.random.RandomState(seed)
     affine = {name: (gamma, beta) for name, gamma, beta in gammas_and_betas(model)}
-
-    def fill(out, values):
-        out.copy_(torch.as_tensor(values).view_as(out))
-
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            weight = module.parametrizations.weight.original1 if name in affine else module.weight
-            normal, std = rng.standard_normal(tuple(weight.shape)), math.sqrt(2 / weight[0].numel())
-            fill(weight, WEIGHT_INITS[weight_init](normal, std))
+            weight = module.weight
+            z = rng.standard_normal(tuple(weight.shape))
+            std = math.sqrt(2 / weight[0].numel())
+            weight.copy_(torch.from_numpy(WEIGHT_INITS[weight_init](z, std)))
         if isinstance(module, nn.Linear):
-            fill(module.bias, rng.uniform(-1, 1, len(module.bias)) / math.sqrt(module.in_features))
-        elif name in affine:
-            gamma, beta = BN_INITS[bn_init](rng.uniform(0, 1, len(module.bias)))
-            fill(affine[name][0], gamma)
-            fill(affine[name][1], beta)
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.num_batches_tracked = None   # nothing reads it, and counting costs a kernel per layer
-        if isinstance(module, SwitchNorm2d):
-            module.switch.fill_(1)
-        if isinstance(module, nn.Conv2d) and name in affine:   # weight normalization: g = gamma |v|
-            affine[name][0].mul_(torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True))
+            bias = rng.uniform(-1, 1, len(module.bias)) / math.sqrt(module.in_features)
+            module.bias.copy_(torch.from_numpy(bias))
+        if name in affine:
+            gamma, beta = affine[name]
+            gamma_values, beta_values = BN_INITS[bn_init](rng.uniform(0, 1, len(gamma)))
+            gamma.copy_(torch.from_numpy(gamma_values))
+            beta.copy_(torch.from_numpy(beta_values))
+        if isinstance(module, WeightNormConv2d):
+            module.gain.mul_(module.direction_norm())
 
-BN_INITS = {   # gamma and beta as functions of the draws u from U(0, 1), named as in OpenLTH
-    "uniform": lambda u: (u, 0 * u),
-    "fixed": lambda u: (0 * u + 1, 0 * u),
-    "oneone": lambda u: (0 * u + 1, 0 * u + 1),
-    "positivenegative": lambda u: (2 * u - 1, 0 * u),
+# gamma and beta as functions of draws u from U(0, 1), both (C,), named as in OpenLTH.
+
+def uniform(u):
+    return u, np.zeros_like(u)
+
+def fixed(u):
+    return np.ones_like(u), np.zeros_like(u)
+
+def oneone(u):
+    return np.ones_like(u), np.ones_like(u)
+
+def positivenegative(u):
+    return 2 * u - 1, np.zeros_like(u)
+
+BN_INITS = {
+    "uniform": uniform,
+    "fixed": fixed,
+    "oneone": oneone,
+    "positivenegative": positivenegative,
 }
 
-def orthogonal(z, std):
-    """Orthonormal rows, or columns if there are more rows, whatever std; as torch.nn.init.orthogonal_ makes them."""
-    wide = len(z) < z[0].size
-    q, r = np.linalg.qr(z.reshape(len(z), -1).T if wide else z.reshape(len(z), -1))
-    q *= np.sign(np.diag(r))
-    return np.ascontiguousarray(q.T if wide else q)
+# Weights as functions of draws z from N(0, 1), in the weight's shape, and std = sqrt(2 / fan_in).
 
-WEIGHT_INITS = {   # of draws z from N(0, 1) and std = sqrt(2 / fan_in)
-    "kaiming_normal": lambda z, std: std * z,
-    "kaiming_uniform": lambda z, std: 3 ** 0.5 * std * torch.erf(torch.from_numpy(z) / 2 ** 0.5),   # erf: U(-1, 1)
+def kaiming_normal(z, std):
+    return std * z
+
+def kaiming_uniform(z, std):
+    """U(-b, b), b = sqrt(3) std: erf maps N(0, 1) to U(-1, 1)."""
+    return math.sqrt(3) * std * torch.erf(torch.from_numpy(z) / math.sqrt(2)).numpy()
+
+def orthogonal(z, std):
+    """Orthonormal rows, or columns if there are more rows, whatever std, as nn.init.orthogonal_."""
+    rows = z.reshape(len(z), -1)
+    wide = rows.shape[0] < rows.shape[1]
+    q, r = np.linalg.qr(rows.T if wide else rows)
+    q = q * np.sign(np.diag(r))
+    return (q.T if wide else q).reshape(z.shape)
+
+def binary(z, std):
+    """The sign times std. (OpenLTH takes the measured std of the drawn weights.)"""
+    return std * np.sign(z)
+
+WEIGHT_INITS = {
+    "kaiming_normal": kaiming_normal,
+    "kaiming_uniform": kaiming_uniform,
     "orthogonal": orthogonal,
-    "binary": lambda z, std: std * np.sign(z),   # OpenLTH takes the measured std of the drawn weights
+    "binary": binary,
 }
 
 @torch.no_grad()
 def fingerprint(tensors):
-    """Two float64 sums that tell weights apart, up to round-off: of |w|, and of w times its position in 0 .. 1."""
-    sums = torch.zeros(2, dtype=torch.float64)
+    """Two sums that tell weights apart: of |w|, and of w times its position in 0 .. 1."""
+    magnitude, moment = 0.0, 0.0
     for tensor in tensors:
         w = tensor.detach().cpu().double().flatten()
-        sums += torch.stack([w.abs().sum(), w @ torch.linspace(0, 1, len(w), dtype=torch.float64)])
-    return sums.tolist()
+        position = torch.linspace(0, 1, len(w), dtype=torch.float64, device="cpu")
+        magnitude += w.abs().sum().item()
+        moment += torch.dot(w, position).item()
+    return [magnitude, moment]
 
-# --- other normalizations than the paper's
+# --- normalizations
+
+def batch_norm(c):
+    norm = nn.BatchNorm2d(c)
+    norm.num_batches_tracked = None   # nothing reads this counter, which costs a kernel per layer
+    return norm
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm in the default layout: the CPU kernel of torch 2.13 for channels_last is slow,
+    and crashes in the stem."""
+
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
+def layer_norm(c):
+    """Statistics over all features of an image (arXiv 1607.06450)."""
+    return GroupNorm(1, c)
+
+def instance_norm(c):
+    """Statistics of each feature of an image (arXiv 1607.08022)."""
+    return GroupNorm(c, c)
+
+def group_norm(c):
+    """Statistics over each of eight groups of features of an image (arXiv 1803.08494)."""
+    return GroupNorm(8, c)
 
 class SwitchNorm2d(nn.BatchNorm2d):
-    """Switchable normalization of (B, C, H, W): weighted statistics of instance, layer, batch (arXiv 1806.10779)."""
+    """Switchable normalization of (B, C, H, W) (arXiv 1806.10779).
+
+    Means and variances are weighted sums of those of instance, layer and batch normalization. The
+    weights are softmax(switch[:3]) for the means and softmax(switch[3:]) for the variances.
+    """
 
     def __init__(self, c):
         super().__init__(c)
-        self.switch = nn.Parameter(torch.empty(6))   # softmax weights of the means, of the variances
+        self.num_batches_tracked = None
+        self.switch = nn.Parameter(torch.ones(6))
 
     def forward(self, x):
         features = x.to(self.weight.dtype)
-        mean, square = (f.mean((2, 3), keepdim=True) for f in (features, features.square()))   # (B, C, 1, 1)
-        means = [mean, mean.mean(1, True), mean.mean(0, True)]
-        squares = [square, square.mean(1, True), square.mean(0, True)]
-        variances = [(square - mean.square()).clamp(min=0) for mean, square in zip(means, squares)]
+        mean_in = features.mean((2, 3), keepdim=True)               # (B, C, 1, 1)
+        square_in = features.square().mean((2, 3), keepdim=True)    # (B, C, 1, 1), of the squares
+        var_in = variance(mean_in, square_in)
+        mean_ln = mean_in.mean(1, keepdim=True)                     # (B, 1, 1, 1)
+        var_ln = variance(mean_ln, square_in.mean(1, keepdim=True))
         if self.training:
-            self.running_mean.lerp_(means[2].detach().flatten(), 0.1)
-            self.running_var.lerp_(variances[2].detach().flatten(), 0.1)
+            mean_bn = mean_in.mean(0, keepdim=True)                 # (1, C, 1, 1)
+            var_bn = variance(mean_bn, square_in.mean(0, keepdim=True))
+            self.running_mean.lerp_(mean_bn.detach().flatten(), 0.1)
+            self.running_var.lerp_(var_bn.detach().flatten(), 0.1)
         else:
-            means[2], variances[2] = self.running_mean[:, None, None], self.running_var[:, None, None]
-        mean, var = (sum(weight * value for weight, value in zip(switch.softmax(0), values))
-                     for switch, values in zip(self.switch.view(2, 3), (means, variances)))
+            mean_bn = self.running_mean[:, None, None]
+            var_bn = self.running_var[:, None, None]
+        for_mean = self.switch[:3].softmax(0)
+        for_var = self.switch[3:].softmax(0)
+        mean = for_mean[0] * mean_in + for_mean[1] * mean_ln + for_mean[2] * mean_bn
+        var = for_var[0] * var_in + for_var[1] * var_ln + for_var[2] * var_bn
         scale = self.weight[:, None, None] * (var + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None] - mean * scale, features, scale).to(x.dtype)
+        shift = self.bias[:, None, None] - mean * scale
+        return torch.addcmul(shift, features, scale).to(x.dtype)
 
-class GroupNorm(nn.GroupNorm):
-    def forward(self, x):   # torch 2.13's CPU kernel for channels_last is slow, and crashes in the stem
-        return super().forward(x.contiguous())
+def variance(mean, mean_square):
+    """E[x^2] - E[x]^2, which round-off must not make negative."""
+    return (mean_square - mean.square()).clamp(min=0)
 
-def normalize_weights(model):
-    """Give each convolution a bias and weight normalization, w = g v / |v| (Salimans and Kingma, arXiv 1602.07868)."""
-    for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
-        conv.bias = nn.Parameter(torch.empty(conv.out_channels))
-        nn.utils.parametrizations.weight_norm(conv)
+class WeightNormConv2d(nn.Conv2d):
+    """Convolution with weights gain v / |v| and a bias (Salimans and Kingma, arXiv 1602.07868).
 
-NORMS = {   # the layer for c features
-    "batch": nn.BatchNorm2d,
-    "layer": lambda c: GroupNorm(1, c),
-    "instance": lambda c: GroupNorm(c, c),
-    "group": lambda c: GroupNorm(8, c),
-    "weight": lambda c: nn.Identity(),   # normalize_weights
+    `weight` is v, (c_out, c_in, k, k); gain and bias are (c_out,).
+    """
+
+    def __init__(self, c_in, c_out, kernel_size, stride, padding):
+        super().__init__(c_in, c_out, kernel_size, stride, padding)
+        self.gain = nn.Parameter(torch.ones(c_out))
+
+    def direction_norm(self):
+        """|v| of each output channel, (c_out,)."""
+        return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3))
+
+    def forward(self, x):
+        scale = self.gain / self.direction_norm()
+        weight = self.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+# The layer that follows a convolution of c output channels.
+NORMS = {
+    "batch": batch_norm,
+    "layer": layer_norm,
+    "instance": instance_norm,
+    "group": group_norm,
+    "weight": nn.Identity,   # the convolution does it: WeightNormConv2d
     "switchable": SwitchNorm2d,
 }

@@ -1,9 +1,10 @@
 """Train a CIFAR-10 ResNet, or only its BatchNorm, with the recipe of arXiv 2003.00152.
 
-    python train.py --arch resnet866 --bn-only      # the paper's headline experiment; add --resume to continue it
-    python train.py --arch resnet8 --bn-only --dataset synthetic --epochs 2     # no download, no GPU, a minute
+    python train.py --arch resnet866 --bn-only     # the paper's headline experiment
+    python train.py --arch resnet8 --bn-only --dataset synthetic --epochs 2     # a demo
 
-Every epoch writes the checkpoint (--out x.pt) and the log (x.jsonl); the last one also writes the record (x.json).
+Every epoch writes the checkpoint (--out x.pt), from which --resume continues, and the record of the
+run (x.json), which prune.py and analyze.py read.
 """
 import argparse
 import datetime
@@ -15,8 +16,10 @@ import os
 import pathlib
 import platform
 import re
+import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,137 +31,156 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import (BN_INITS, NORMS, PARTS, WEIGHT_INITS, Block, build_model, count_parameters, empty_model,
-                    fingerprint, parameters_of, parse_arch)
+from models import (BN_INITS, NORMS, WEIGHT_INITS, Block, WeightNormConv2d, build_model,
+                    empty_model, fingerprint, parse_arch)
 
 class UserError(Exception):
-    """An error the user can fix: UserError(one line of text, exit status), status 2 for wrong usage, by default 1."""
+    """An error that the user can mend: one line of text, and the exit status (2: wrong usage)."""
+
+    def __init__(self, text, status=1):
+        super().__init__(text)
+        self.status = status
 
 # --- data
 
-# ImageNet's statistics, as in OpenLTH, the authors' code.
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+# ImageNet's channel statistics, as in OpenLTH, the authors' code.
+MEAN = np.array([0.485, 0.456, 0.406])
+STD = np.array([0.229, 0.224, 0.225])
 
 def load_data(dataset, data_dir, seed):
-    """((train images, train labels), (test images, test labels)) on the CPU: uint8 (N, 32, 32, 3) and int64 (N,)."""
+    """((train images, train labels), (test images, test labels)) of "cifar10" or "synthetic".
+
+    Images are uint8 (N, 32, 32, 3), labels int64 (N,), on the CPU. The seed is that of the
+    synthetic images. Raises UserError if CIFAR-10 is not in data_dir and can't be put there.
+    """
     if dataset == "synthetic":
         return synthetic_data(seed)
-    try:
-        from torchvision.datasets import CIFAR10
-    except RuntimeError:   # a CUDA build beside a CPU build of torch lacks its operators; none is needed here
-        for operator in "nms", "qnms":
-            torch.library.define(f"torchvision::{operator}", "() -> ()")
-        from torchvision.datasets import CIFAR10
-    data_dir = pathlib.Path(data_dir).absolute()
-    if data_dir.name == CIFAR10.base_folder:   # the folder itself instead of its parent
-        data_dir = data_dir.parent
-    try:
-        splits = [CIFAR10(data_dir, train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"no intact CIFAR-10 in {data_dir}, and it can't be downloaded ({one_line(error)}): "
-                        f"put {CIFAR10.url} there, or try --dataset synthetic") from error
-    return [(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits]
+    splits = load_cifar10(pathlib.Path(data_dir).absolute())
+    return [(torch.from_numpy(split.data), to_labels(split.targets)) for split in splits]
 
-def synthetic_data(seed):
-    """Ten smooth random patterns in the shape of CIFAR-10, shifted with wrap-around and noisy: to try the code."""
-    rng = np.random.RandomState([seed, 1])
-    patterns = F.interpolate(torch.from_numpy(rng.standard_normal((10, 3, 4, 4))), size=32, mode="bicubic")
-    patterns = 12 * patterns.permute(0, 2, 3, 1).float().numpy() + 64   # (10, 32, 32, 3)
-
-    def draw(n):
-        labels, (dy, dx) = rng.randint(0, 10, n), rng.randint(-8, 9, (2, n, 1)) + np.arange(32)
-        images = patterns[labels[:, None, None], dy[:, :, None] % 32, dx[:, None, :] % 32]
-        images += rng.randint(0, 128, images.shape, dtype=np.uint8)
-        return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels).long()
-    return draw(50_000), draw(10_000)
+def to_labels(values):
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 def draw_augmentation(n, rng):
     """The random draws of an epoch, on the CPU so that a seed gives the same batches on any device.
 
-    Returns the order (n,) of the images, a crop offset (n, 2) in 0 .. 8 and a flip (n,) for each place in it.
+    Returns the order (n,) of the images, and for each place in it a crop offset (n, 2) in 0 .. 8
+    and a flip (n,).
     """
-    order = torch.randperm(n, generator=rng)
-    offset = torch.randint(0, 9, (n, 2), generator=rng)
-    flip = torch.randint(0, 2, (n,), generator=rng).bool()
+    order = torch.randperm(n, generator=rng, device="cpu")
+    offset = torch.randint(0, 9, (n, 2), generator=rng, device="cpu")
+    flip = torch.randint(0, 2, (n,), generator=rng, device="cpu").bool()
     return order, offset, flip
 
 def augment(padded, index, offset, flip):
-    """Crop and flip each image in its own way, the whole batch in one gather of pixels. Returns (B, 32, 32, 3).
+    """Crop and flip each image in its own way. Returns uint8 (B, 32, 32, 3).
 
-    padded: (N, 40, 40, 3), images with a border of 4 black pixels; index, flip: (B,); offset: (B, 2), y and x.
+    padded: (N, 40, 40, 3), images with a border of 4 black pixels; index, flip: (B,);
+    offset: (B, 2), y and x. The whole batch is one gather of pixels.
     """
     pixel = torch.arange(32, device=padded.device)
-    rows = offset[:, :1] + pixel                                               # (B, 32)
-    cols = offset[:, 1:] + torch.where(flip[:, None], 31 - pixel, pixel)       # (B, 32)
-    pixels = ((index[:, None] * 40 + rows) * 40)[:, :, None] + cols[:, None]   # (B, 32, 32), counted over all images
-    return padded.view(-1, 3).index_select(0, pixels.flatten()).view(*pixels.shape, 3)
+    from_left = torch.where(flip[:, None], 31 - pixel, pixel)          # (B, 32)
+    columns = offset[:, 1:] + from_left                                # (B, 32)
+    rows = index[:, None] * 40 + offset[:, :1] + pixel                 # (B, 32), of all images
+    pixels = rows[:, :, None] * 40 + columns[:, None, :]               # (B, 32, 32)
+    gathered = padded.view(-1, 3).index_select(0, pixels.flatten())    # (B * 32 * 32, 3)
+    return gathered.view(len(index), 32, 32, 3)
 
 def normalize(images, dtype=torch.float32):
-    """(B, 32, 32, 3) uint8 -> (B, 3, 32, 32) of `dtype`, (x / 255 - MEAN) / STD, in channels_last order."""
+    """(x / 255 - MEAN) / STD: uint8 (B, 32, 32, 3) -> `dtype` (B, 3, 32, 32), channels_last."""
     factor, summand = row_constants(dtype, images.device)
-    rows = images.flatten(2).to(dtype)   # (B, 32, 96): vectors of 3 channels would be slow
-    return torch.addcmul(summand, rows, factor).view(images.shape).permute(0, 3, 1, 2)
+    rows = images.flatten(2).to(dtype)   # (B, 32, 96), because vectors of 3 channels would be slow
+    normalized = torch.addcmul(summand, rows, factor).view(images.shape)
+    return normalized.permute(0, 3, 1, 2)
 
 @functools.cache   # because copying to a GPU in every step would make the host wait
 def row_constants(dtype, device):
     """The factors and summands of `normalize` for a row of 32 pixels: (2, 96)."""
-    return torch.tensor(np.tile([1 / (255 * STD), -MEAN / STD], 32), dtype=dtype, device=device)
+    channels = np.stack([1 / (255 * STD), -MEAN / STD])   # (2, 3)
+    return torch.tensor(np.tile(channels, 32), dtype=dtype, device=device)
 
 # --- what trains
 
-# Shorthands of --train, else parts joined by "+". "random": two weights per output channel, see TwoWeightsPerChannel.
-NAMES = {"all": ["conv", "bn", "shortcut", "output"], "not-bn": ["conv", "shortcut", "output"], "random": []}
+# The groups of parameters, as functions of a module and the name of one of its own parameters.
 
-def parse_train(text):
-    """The one spelling of a --train value: a name, or PARTS in their order. Raises ValueError for any other."""
-    parts = NAMES.get(text, text.split("+"))
-    check(set(parts) <= set(PARTS) and len(set(parts)) == len(parts),
-          f"not {', '.join(NAMES)}, or some of {', '.join(PARTS)} joined by +")
-    ordered = [part for part in PARTS if part in parts]
-    return next((name for name in NAMES if NAMES[name] == ordered), "+".join(ordered))
+def in_conv(module, name):
+    """Weights of 3x3 convolutions."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and name == "weight"
 
-class TwoWeightsPerChannel(nn.Module):
-    """Parametrization of a convolution: two random weights per output channel train, as many as BatchNorm has."""
-    def __init__(self, weight, rng):
-        super().__init__()
-        c_out, fan_in = weight.shape[0], weight[0].numel()
-        first = rng.randint(0, fan_in, c_out)
-        second = rng.randint(0, fan_in - 1, c_out)
-        second += second >= first                       # uniform over the other fan_in - 1
-        chosen = np.stack([first, second], 1) + fan_in * np.arange(c_out)[:, None]
-        self.register_buffer("chosen", torch.from_numpy(chosen.flatten()).long())   # positions in the flattened weight
-        # (2 c_out,). The optimizer sees nothing else, so that momentum and weight decay move nothing else.
-        self.values = nn.Parameter(weight.detach().flatten()[self.chosen])
+def in_bn(module, name):
+    """The normalization's own parameters, whichever it is; with batch, its gamma and beta."""
+    if isinstance(module, WeightNormConv2d):
+        return name in ("gain", "bias")
+    return not isinstance(module, (nn.Conv2d, nn.Linear))
 
-    def forward(self, weight):
-        return weight.flatten().scatter(0, self.chosen, self.values.to(weight.dtype)).view_as(weight)
+def in_gamma(module, name):
+    """The scale of a normalization."""
+    return in_bn(module, name) and name in ("weight", "gain")
+
+def in_beta(module, name):
+    """The shift of a normalization."""
+    return in_bn(module, name) and name == "bias"
+
+def in_shortcut(module, name):
+    """Weights of 1x1 convolutions; their BatchNorm is not counted, as in the paper's table."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and name == "weight"
+
+def in_output(module, name):
+    """Weight and bias of the linear layer."""
+    return isinstance(module, nn.Linear)
+
+GROUPS = {
+    "conv": in_conv,
+    "bn": in_bn,
+    "gamma": in_gamma,
+    "beta": in_beta,
+    "shortcut": in_shortcut,
+    "output": in_output,
+}
+PRESETS = {
+    "all": ["conv", "bn", "shortcut", "output"],
+    "not-bn": ["conv", "shortcut", "output"],
+}
+
+def parameters_of(model, groups):
+    """The parameters of a model that belong to any of these groups, in the model's order."""
+    parameters = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if any(GROUPS[group](module, name) for group in groups):
+                parameters.append(parameter)
+    return parameters
 
 def freeze(model, train, seed):
-    """Let only the parameters that --train names require gradients."""
+    """Let only the parameters require gradients that --train names. The seed is for "random"."""
     model.requires_grad_(False)
-    for parameter in parameters_of(model, NAMES.get(train, train.split("+"))):
-        parameter.requires_grad_(True)
     if train == "random":
-        rng = np.random.RandomState([seed, 2])   # a stream of its own
-        for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
-            nn.utils.parametrize.register_parametrization(conv, "weight", TwoWeightsPerChannel(conv.weight, rng))
+        train_two_weights_per_channel(model, seed)
+        return
+    for parameter in parameters_of(model, PRESETS.get(train, train.split("+"))):
+        parameter.requires_grad_(True)
 
 def build(options):
-    """The network of a run's options, on the CPU: initial values drawn, and all frozen but what --train names."""
-    model = build_model(*(options[name] for name in ("arch", "seed", "norm", "bn_init", "weight_init")))
+    """The network of a run's options, on the CPU: initial values drawn, frozen but what trains."""
+    model = build_model(options["arch"], options["seed"], options["norm"], options["bn_init"],
+                        options["weight_init"])
     freeze(model, options["train"], options["seed"])
     return model
 
 # --- training
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False   # "off" means fp32
 
-def train_step(model, optimizer, scaler, images, labels, amp):
-    """One step of SGD on normalized images (B, 3, 32, 32). Returns (mean loss, correct predictions) as tensors."""
+def train_step(model, optimizer, scaler, amp, images, labels):
+    """One step of SGD on normalized images (B, 3, 32, 32) and their labels (B,).
+
+    Returns (mean loss, number of correct predictions), tensors without dimensions.
+    """
     with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
         logits = model(images)
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)   # float64 stays
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -166,94 +188,23 @@ def train_step(model, optimizer, scaler, images, labels, amp):
     return loss.detach(), (logits.argmax(1) == labels).sum()
 
 def learning_rate(lr, epoch, epochs):
-    """The learning rate of an epoch counted from 0: divided by 10 after one half and three quarters of the epochs."""
-    return lr / 10 ** ((epoch >= epochs / 2) + (epoch >= epochs * 3 / 4))
-
-def train(args):
-    """Train to the last epoch, from the beginning or from the last complete epoch of a checkpoint (--resume)."""
-    model, state = start(args)
-    records, device = state["records"], args.device   # one record per complete epoch
-    if len(records) == args.epochs:
-        return say(f"{args.out} is finished: {records[-1]['test_accuracy']:.2f} % test accuracy")
-    data = load_data(args.dataset, args.data_dir, args.seed)
-    (train_images, train_labels), test_data = [[t.to(device) for t in split] for split in data]
-    padded = F.pad(train_images, (0, 0, 4, 4, 4, 4))   # (N, 40, 40, 3)
-    n, size = len(padded), args.batch_size
-
-    step, optimizer, scaler = prepare(model, args, {size, n % size or size})   # the last batch is smaller, see OpenLTH
-    tensors = state_tensors(model, optimizer)
-    from_vectors(tensors, state)   # the run so far: parameters, momentum, running statistics
-    scaler.load_state_dict(state["scaler"])
-    rng = torch.Generator().set_state(state["rng"])
-
-    say("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
-    for epoch in range(len(records), args.epochs):
-        began = time.perf_counter()
-        lr = learning_rate(args.lr, epoch, args.epochs)
-        for group in optimizer.param_groups:   # a CUDA graph reads the rate from a tensor
-            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr
-        order, offset, flip = (draws.to(device) for draws in draw_augmentation(n, rng))
-        losses, correct = [], 0
-        model.train()
-        for first in range(0, n, size):
-            i = slice(first, first + size)
-            images = augment(padded, order[i], offset[i], flip[i])
-            labels = train_labels[order[i]]
-            loss, hits = step(normalize(images), labels)
-            losses.append(loss * len(labels))
-            correct += hits
-            if sys.stdout.isatty() and len(losses) % 10 == 1:   # rarely, because it waits for the device
-                say(f"{epoch + 1:3}/{args.epochs}  image {first:6,} of {n:,}, loss {loss.item():.3f}", end="\r")
-        train_loss = sum(torch.stack(losses).tolist()) / n
-        train_seconds = time.perf_counter() - began
-
-        with torch.compiler.set_stance("force_eager"):   # another batch size is not worth a compilation
-            accuracy = evaluate(model, *test_data, args.amp)
-        vectors = to_vectors(tensors)
-        if not math.isfinite(train_loss) or not all(vector.isfinite().all() for vector in vectors.values()):
-            raise UserError(f"training diverged: the loss or a parameter is not finite in epoch {epoch + 1}, "
-                            "which is not saved; try a lower --lr, or --amp off")
-        records.append({"epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": 100 * correct.item() / n,
-                        "test_accuracy": accuracy, "lr": lr, "seconds": round(time.perf_counter() - began, 3),
-                        "images_per_second": round(n / train_seconds, 1)})
-        # Before printing: a lost terminal loses no epoch.
-        save(args.out, {**state, **vectors, "rng": rng.get_state(), "scaler": scaler.state_dict()})
-        left = (args.epochs - epoch - 1) * np.mean([record["seconds"] for record in records[-10:]])
-        say("{epoch:3}/{epochs:<3} {train_loss:11.4f} {train_accuracy:8.2f} % {test_accuracy:8.2f} % {lr:7.4g} "
-            "{seconds:8.1f} {images_per_second:9,.0f} {left!s:>10}".format(
-                **records[-1], epochs=args.epochs, left=datetime.timedelta(seconds=round(left))))
-
-def start(args):
-    """The network and the state of the run (see load_checkpoint): the checkpoint's, or those before the first epoch."""
-    options = {o: getattr(args, o) for o in OPTIONS}
-    if args.resume and args.out.exists():
-        model, state = load_checkpoint(args.out)
-        for name, value in state["options"].items():
-            if value != options[name]:
-                raise UserError(f"{args.out} is a run with {name} {value}, not {options[name]}", 2)
-    else:
-        for path in (args.out.with_suffix(suffix) for suffix in (".pt", ".jsonl", ".json")):
-            if path.exists() and (not args.resume or path.suffix == ".json"):
-                raise UserError(f"{path} exists: add --resume to continue, choose another --out, or delete it", 2)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out.parent).close()   # fails now, not after an epoch
-        model = build(options)
-        state = {**to_vectors(state_tensors(model)), "options": options, "records": [], "parts": [],
-                 "rng": torch.Generator().manual_seed(args.seed).get_state(),
-                 "scaler": torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16").state_dict(),
-                 "fingerprint": fingerprint(p for p in model.parameters() if not p.requires_grad)}
-        state["momentum"] = torch.zeros_like(state["trained"])
-    state["parts"].append({"first_epoch": len(state["records"]) + 1, "plain": args.plain, **machine(args.device)})
-    trained, total = len(state["trained"]), count_parameters(empty_model(args.arch, args.norm))["all"]
-    say(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, epochs done: "
-        f"{len(state['records'])} of {args.epochs}")
-    return model, state
+    """The rate of an epoch counted from 0: divided by 10 after 1/2 and 3/4 of the epochs."""
+    if epoch >= epochs * 3 / 4:
+        return lr / 100
+    if epoch >= epochs / 2:
+        return lr / 10
+    return lr
 
 @torch.no_grad()
 def evaluate(model, images, labels, amp):
-    """Accuracy in percent on uint8 images (N, 32, 32, 3), with running statistics. Leaves the model in eval mode."""
+    """Accuracy in percent on uint8 images (N, 32, 32, 3), by running statistics.
+
+    Leaves the model in evaluation mode.
+    """
     model.eval()
-    size = max(125, 16_000 // model.conv.out_channels) if images.is_cuda else 125   # memory as for a step; CPU caches
+    size = 125   # fits the caches of a CPU
+    if images.is_cuda:
+        size = max(125, 16_000 // model.conv.out_channels)   # takes as much memory as a step
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
         with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
@@ -261,306 +212,934 @@ def evaluate(model, images, labels, amp):
         correct += (logits.argmax(1) == batch_labels).sum()
     return 100 * correct.item() / len(images)
 
+def train(args):
+    """Train to the last epoch, from the beginning or from the last epoch of a checkpoint."""
+    model, run, checkpoint = start(args)
+    if len(run["epochs"]) == args.epochs:
+        log(f"{args.out} is finished: {run['epochs'][-1]['test_accuracy']:.2f} % test accuracy")
+        if not record_path(args.out).exists():
+            write_record(args.out, make_record(run))
+        return
+    run["sessions"].append({
+        "id": secrets.token_hex(8),
+        "first_epoch": len(run["epochs"]) + 1,
+        "plain": args.plain,
+        **machine(args.device),
+    })
+    optimizer, scaler = prepare(model, args)
+    rng = torch.Generator("cpu").manual_seed(args.seed)
+    if checkpoint is None:
+        claim(args.out, checkpoint_bytes(run, model, optimizer, scaler, rng))
+    else:
+        load_momentum(optimizer, checkpoint)
+        scaler.load_state_dict(checkpoint["scaler"])
+        rng.set_state(checkpoint["rng"])
+    try:
+        save(args.out, run, model, optimizer, scaler, rng)   # shows now if it can't be written
+        train_epochs(model, optimizer, scaler, rng, run, args)
+    except BaseException:   # an interrupt, too
+        if not run["epochs"]:
+            give_back(args.out, run)
+        raise
+
+def train_epochs(model, optimizer, scaler, rng, run, args):
+    """The epochs that the run lacks: train, evaluate, save, print."""
+    train_split, test_split = load_data(args.dataset, args.data_dir, args.seed)
+    train_images, train_labels = (tensor.to(args.device) for tensor in train_split)
+    test_images, test_labels = (tensor.to(args.device) for tensor in test_split)
+    padded = F.pad(train_images, (0, 0, 4, 4, 4, 4))   # (N, 40, 40, 3)
+    n = len(padded)
+
+    step = functools.partial(train_step, model, optimizer, scaler, args.amp)
+    if args.device.type == "cuda" and not args.plain:
+        last = n % args.batch_size or args.batch_size   # the last batch is smaller, see OpenLTH
+        step = make_fast(step, model, optimizer, scaler, [args.batch_size, last])
+
+    log("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
+    for epoch in range(len(run["epochs"]), args.epochs):
+        start_time = time.perf_counter()
+        lr = learning_rate(args.lr, epoch, args.epochs)
+        set_learning_rate(optimizer, lr)
+        model.train()
+        draws = draw_augmentation(n, rng)
+        order, offset, flip = (tensor.to(args.device) for tensor in draws)
+        losses = []   # tensors, because reading a number makes the host wait for the device
+        total_correct = 0
+        for begin in range(0, n, args.batch_size):
+            batch = slice(begin, begin + args.batch_size)
+            images = normalize(augment(padded, order[batch], offset[batch], flip[batch]))
+            labels = train_labels[order[batch]]
+            if args.plain:
+                images = images.contiguous()   # from channels_last to PyTorch's default layout
+            loss, correct = step(images, labels)
+            losses.append(loss * len(labels))
+            total_correct += correct
+            if sys.stdout.isatty() and len(losses) % 10 == 1:
+                log(f"{epoch + 1:3}/{args.epochs}  image {begin:6,} of {n:,}", end="\r")
+        train_loss = sum(torch.stack(losses).tolist()) / n
+        train_seconds = time.perf_counter() - start_time
+
+        with torch.compiler.set_stance("force_eager"):   # other batch sizes are not worth compiling
+            test_accuracy = evaluate(model, test_images, test_labels, args.amp)
+        if not math.isfinite(train_loss) or not is_finite(model):
+            raise UserError(f"training diverged: the loss or a parameter is not finite in epoch "
+                            f"{epoch + 1}, which is not saved; try a lower --lr, or --amp off")
+        run["epochs"].append({
+            "epoch": epoch + 1,
+            "train_loss": train_loss,
+            "train_accuracy": 100 * total_correct.item() / n,
+            "test_accuracy": test_accuracy,
+            "lr": lr,
+            "seconds": round(time.perf_counter() - start_time, 3),
+            "images_per_second": round(n / train_seconds, 1),
+        })
+        require_own(args.out, run)
+        save(args.out, run, model, optimizer, scaler, rng)   # before printing, which can fail
+        log_epoch(run["epochs"], args.epochs)
+
+def log_epoch(done, epochs):
+    """Print the last of the epochs that are done, and how long the others will take."""
+    seconds = np.mean([epoch["seconds"] for epoch in done[-10:]])
+    time_left = datetime.timedelta(seconds=round((epochs - len(done)) * seconds))
+    log("{epoch:3}/{epochs:<3} {train_loss:11.4f} {train_accuracy:8.2f} % {test_accuracy:8.2f} % "
+        "{lr:7.4g} {seconds:8.1f} {images_per_second:9,.0f} {time_left!s:>10}".format(
+            **done[-1], epochs=epochs, time_left=time_left))
+
+def start(args):
+    """Begin a run, or continue that of args.out. Returns (model, run, checkpoint or None).
+
+    run: what its record tells, see make_record; its "epochs" grow. Resolves args.amp.
+    """
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.resume and args.out.exists():
+        model, checkpoint = load_checkpoint(args.out)
+        compare_options(args, checkpoint["options"])
+        names = ["options", "fingerprint", "sessions", "epochs"]
+        run = {name: checkpoint[name] for name in names}
+    else:
+        checkpoint = None
+        if args.amp == "auto":
+            args.amp = default_amp(args.device)
+        options = {name: getattr(args, name) for name in OPTIONS}
+        model = build(options)
+        drawn = fingerprint(frozen_parameters(model))
+        run = {"options": options, "fingerprint": drawn, "sessions": [], "epochs": []}
+    run["parameters"] = count_parameters(model)
+    trained, total = run["parameters"]["trained"], run["parameters"]["all"]
+    log(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, "
+        f"epochs done: {len(run['epochs'])} of {args.epochs}")
+    if args.amp == "bf16" and args.device.type == "cpu" and not cpu_computes_in("bf16"):
+        log("this CPU has no bf16 instructions: --amp off would be many times faster")
+    return model, run, checkpoint
+
+def compare_options(args, stored):
+    """Raise UserError if the command line asks for another run than the stored one."""
+    if args.amp == "auto":
+        args.amp = stored["amp"]
+    for name, value in stored.items():
+        asked = getattr(args, name)
+        if asked != value:
+            raise UserError(f"{args.out} is a run with {name} {value}, not {asked}", 2)
+
+def prepare(model, args):
+    """Move the network to its device, in training mode, and return (optimizer, scaler).
+
+    Without --plain, the network is laid out for speed and the optimizer is a fused one.
+    """
+    set_full_fp32()
+    model.train().to(args.device)
+    if not args.plain:
+        lay_out(model, args.amp)
+    lr = args.lr
+    if args.device.type == "cuda" and not args.plain:
+        # A CUDA graph reads the learning rate from memory.
+        lr = torch.tensor(lr, dtype=torch.float32, device=args.device)
+    trained = trained_parameters(model)
+    fused = None if args.plain else True
+    optimizer = torch.optim.SGD(trained, lr, 0.9, weight_decay=args.weight_decay, fused=fused)
+    for p in trained:   # from zero, as in SGD, but also if the first step overflows in fp16
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+    return optimizer, scaler
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):   # from which a CUDA graph reads it
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+# --- the control: two random weights per output channel
+
+def train_two_weights_per_channel(model, seed):
+    """Replace each convolution by one of which two weights per output channel train."""
+    rng = np.random.RandomState([seed, 2])   # a stream of its own
+    for name, module in list(model.named_modules()):
+        if isinstance(module, WeightNormConv2d):
+            raise UserError("--train random does not go with --norm weight", 2)
+        if isinstance(module, nn.Conv2d):
+            model.set_submodule(name, TwoWeightsConv2d(module, rng))
+
+class TwoWeightsConv2d(nn.Conv2d):
+    """A convolution of which two random weights per output channel train: as many as BatchNorm has.
+
+    They are the parameter `values` (2 c_out,). The optimizer sees nothing else, so that momentum
+    and weight decay move nothing else.
+    """
+
+    def __init__(self, conv, rng):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                         conv.padding, bias=False, device="meta")
+        self.weight = conv.weight
+        c_out = conv.out_channels
+        fan_in = conv.weight[0].numel()
+        first = rng.randint(0, fan_in, c_out)
+        second = rng.randint(0, fan_in - 1, c_out)
+        second += second >= first   # uniform over the other fan_in - 1
+        chosen = np.stack([first, second], axis=1) + fan_in * np.arange(c_out)[:, None]
+        chosen = torch.from_numpy(chosen.flatten()).to(conv.weight.device, torch.int64)
+        self.register_buffer("chosen", chosen, persistent=False)   # places in the flattened weight
+        self.values = nn.Parameter(conv.weight.detach().flatten()[chosen])
+
+    def whole_weight(self):
+        """The weight with its trained values in place, (c_out, c_in, k, k)."""
+        values = self.values.to(self.weight.dtype)
+        return self.weight.flatten().scatter(0, self.chosen, values).view_as(self.weight)
+
+    def forward(self, x):
+        return F.conv2d(x, self.whole_weight(), None, self.stride, self.padding)
+
+# --- precision
+
+def set_full_fp32():
+    """Let fp32 mean fp32 on NVIDIA's GPUs, not TF32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False   # the older switch of the next line: both must agree
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+def default_amp(device):
+    """bf16 on GPUs that have it, fp16 on older ones, off elsewhere."""
+    if device.type != "cuda":
+        return "off"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16"
+
+def cpu_computes_in(amp):
+    """Whether this CPU has instructions for "bf16" or "fp16", without which they are slow."""
+    names = {
+        "bf16": ["avx512_bf16", "amx_bf16", "bf16"],   # the last one is ARM's
+        "fp16": ["avx512_fp16", "amx_fp16"],
+    }
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in names[amp])
+
+def evaluation_amp(amp, device):
+    """The precision in which to evaluate a network trained with `amp`: fp32 if the CPU lacks it.
+
+    The accuracies of 16 networks in bf16 and fp32 differed by at most 0.3 points.
+    """
+    if amp != "off" and device.type == "cpu" and not cpu_computes_in(amp):
+        log(f"evaluated in fp32, because this CPU has no {amp} instructions: up to 0.3 points off")
+        return "off"
+    return amp
+
 # --- fast path
 
-def prepare(model, args, sizes):
-    """Move a network to the device and return (step, optimizer, scaler), fast unless --plain.
+@torch.no_grad()
+def lay_out(model, amp):
+    """Give a network the layout and precision of weights with which its steps are fastest."""
+    model.to(memory_format=torch.channels_last)   # that of convolution kernels
+    if amp == "off":
+        return
+    for module in model.modules():
+        # Autocast would do it in every step. Weight normalization needs its weights in fp32.
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, WeightNormConv2d):
+            if not module.weight.requires_grad:
+                module.weight.data = module.weight.data.to(AMP_DTYPES[amp])
 
-    step(images, labels) is train_step for normalized images (B, 3, 32, 32), B in `sizes`. On CUDA, preparing it trains
-    on blank images: load the state of the run afterwards.
+def make_fast(step, model, optimizer, scaler, sizes):
+    """The same step for batches of these sizes, as CUDA graphs of compiled blocks.
+
+    sizes: [size, size of the last batch]. Leaves network, optimizer and scaler as they were. What
+    fails is reported and left out: first compilation, then graphs.
     """
-    device, fast = args.device, not args.plain and args.device.type != "mps"   # wrong in channels_last: pytorch#175189
-    model.train().to(device)   # a CUDA graph keeps the mode of its capture, and a loaded model is in evaluation mode
-    if fast:
-        model.to(memory_format=torch.channels_last)   # the layout that convolution kernels are written for
-        for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
-            conv.__class__ = model.conv.__class__   # parametrized ones have a class each: a compilation per block
-        for p in model.parameters():
-            if p.dim() > 1 and not p.requires_grad and args.amp != "off" and args.norm != "weight":
-                p.data = p.data.to(AMP_DTYPES[args.amp])   # autocast would do it in every step
-    trained = [p for p in model.parameters() if p.requires_grad]
-    graph = fast and device.type == "cuda"
-    lr = torch.tensor(args.lr).to(device) if graph else args.lr
-    optimizer = torch.optim.SGD(trained, lr, 0.9, weight_decay=args.weight_decay, fused=fast or None)
-    for p in trained:   # SGD starts from zero; here even if the first step overflows in fp16
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)   # five kinds of blocks, whatever the depth
+    before = take_snapshot(model, optimizer, scaler)
+    try:
+        return capture_all(step, sizes)
+    except Exception as error:   # whatever compilers and drivers raise
+        report_failure("compiled blocks", error)
+    finally:
+        restore_snapshot(before, model, optimizer, scaler)
+    torch.compiler.set_stance("force_eager")   # the blocks as they stand
+    try:
+        return capture_all(step, sizes)
+    except Exception as error:
+        report_failure("CUDA graphs", error)
+    finally:
+        restore_snapshot(before, model, optimizer, scaler)
+    return step
 
-    def step(images, labels):
-        return train_step(model, optimizer, scaler, images if fast else images.contiguous(), labels, args.amp)
+def report_failure(part, error):
+    if is_out_of_memory(error):
+        raise error
+    log(f"{part} fail here, continuing without them ({one_line(error)})")
 
-    if graph:
-        torch.cuda.set_device(device)
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile(dynamic=False)   # five kinds of blocks, whatever the depth
-        for stance, what in ("default", "compiled blocks"), ("force_eager", "CUDA graphs"):
-            try:
-                return capture(step, sizes, stance, device), optimizer, scaler
-            except Exception as error:   # whatever compilers and drivers raise
-                if is_out_of_memory(error):
-                    raise
-                say(f"{what} fail here, continuing without them ({one_line(error)})")
-        torch.compiler.set_stance("force_eager")
-    return step, optimizer, scaler
-
-def capture(step, sizes, stance, device):
-    """The step as a CUDA graph per batch size, in one pool of memory: one launch replaces thousands."""
-    stream, pool, graphs = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), {}
-    for warm_up in True, False:   # of all sizes first, because a capture can't use the memory of a warm-up
-        for size in sorted(sizes, reverse=True):
-            images = torch.zeros(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-            labels = torch.zeros(size, device=device).long()
-            with torch.compiler.set_stance(stance if size == max(sizes) else "force_eager"):
-                if warm_up:   # compiles, and allocates what a capture can't
-                    stream.wait_stream(torch.cuda.current_stream())
-                    with torch.cuda.stream(stream):
-                        for _ in range(3):
-                            step(images, labels)
-                else:
-                    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool, stream):
-                        graphs[size] = graph, images, labels, *step(images, labels)
+def capture_all(step, sizes):
+    """The step as one CUDA graph for each batch size, in one pool of memory."""
+    stream = torch.cuda.Stream()
+    pool = torch.cuda.graph_pool_handle()
+    size, last_size = sizes
+    # Both warm-ups come before both captures, because a capture can't use the memory of a warm-up.
+    warm_up(step, size, stream)
+    with torch.compiler.set_stance("force_eager"):   # the last batch is not worth compiling for
+        warm_up(step, last_size, stream)
+    replays = {size: capture(step, size, stream, pool)}
+    with torch.compiler.set_stance("force_eager"):
+        if last_size != size:
+            replays[last_size] = capture(step, last_size, stream, pool)
 
     def replay(images, labels):
-        graph, static_images, static_labels, loss, correct = graphs[len(images)]
+        return replays[len(images)](images, labels)
+    return replay
+
+def blank_batch(size):
+    """Images (size, 3, 32, 32) and labels (size,) on the current GPU, all zero."""
+    images = torch.zeros(size, 3, 32, 32, dtype=torch.float32, device="cuda")
+    labels = torch.zeros(size, dtype=torch.int64, device="cuda")
+    return images.to(memory_format=torch.channels_last), labels
+
+def warm_up(step, size, stream):
+    """Three steps, which compile, and allocate what can't be allocated during a capture."""
+    images, labels = blank_batch(size)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(images, labels)
+    torch.cuda.current_stream().wait_stream(stream)
+
+def capture(step, size, stream, pool):
+    """The step for batches of `size` images as a CUDA graph: one launch replaces thousands."""
+    static_images, static_labels = blank_batch(size)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, stream):
+        static_loss, static_correct = step(static_images, static_labels)
+
+    def replay(images, labels):
         static_images.copy_(images)
         static_labels.copy_(labels)
         graph.replay()
-        return loss.clone(), correct.clone()   # the next replay overwrites them
-
+        return static_loss.clone(), static_correct.clone()   # the next replay overwrites them
     return replay
 
-# --- checkpoints
+def tensors_in_training(model, optimizer):
+    """All tensors that a step changes in place: parameters, running statistics, momentum."""
+    momentum = [optimizer.state[p]["momentum_buffer"] for p in trained_parameters(model)]
+    return [*trained_parameters(model), *model.buffers(), *momentum]
 
-VERSION = 2
-# The options that make a run what it is: they are in its checkpoint and its record, and --resume can't change them.
-OPTIONS = ["arch", "train", "norm", "bn_init", "weight_init", "dataset", "seed", "epochs", "batch_size", "lr",
-           "weight_decay", "amp"]
-METRICS = {"epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds", "images_per_second"}
-
-def state_tensors(model, optimizer=None):
-    """Lists of the tensors that training changes, by the name of their vector in a checkpoint."""
-    tensors = {"trained": [p for p in model.parameters() if p.requires_grad]}
-    if optimizer:
-        tensors["momentum"] = [optimizer.state[p]["momentum_buffer"] for p in tensors["trained"]]
-    for name in "running_mean", "running_var":
-        tensors[name] = [getattr(m, name) for m in model.modules() if hasattr(m, name)]
-    return tensors
-
-def to_vectors(tensors):
-    """Each list of tensors as one vector, on the CPU."""
-    return {name: torch.cat([torch.zeros(0), *(t.detach().flatten().cpu() for t in listed)])
-            for name, listed in tensors.items()}
+def take_snapshot(model, optimizer, scaler):
+    tensors = [tensor.detach().clone() for tensor in tensors_in_training(model, optimizer)]
+    return tensors, scaler.state_dict()
 
 @torch.no_grad()
-def from_vectors(tensors, vectors):
-    """Copy the vectors that to_vectors made back into the tensors, in place."""
-    for name, listed in tensors.items():
-        sizes = [tensor.numel() for tensor in listed]
-        for tensor, part in zip(listed, vectors[name].split(sizes)):
-            tensor.copy_(part.view_as(tensor))
+def restore_snapshot(snapshot, model, optimizer, scaler):
+    """In place, because a CUDA graph holds the addresses."""
+    tensors, scaler_state = snapshot
+    for tensor, before in zip(tensors_in_training(model, optimizer), tensors):
+        tensor.copy_(before)
+    scaler.load_state_dict(scaler_state)
+
+# --- checkpoints and records
+
+FORMAT = 3
+
+def frozen_parameters(model):
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+def changing_state(model):
+    """The part of the network's state_dict that its seed doesn't give."""
+    state = model.state_dict()   # it holds the versions of its modules, too, for load_state_dict
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            del state[name]
+    return state
+
+def is_finite(model):
+    return all(tensor.isfinite().all() for tensor in changing_state(model).values())
+
+def on_cpu(value):
+    """Nested dicts and lists with all tensors moved to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: on_cpu(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(part) for part in value]
+    return value
+
+def save(path, run, model, optimizer, scaler, rng):
+    """Write the record, then the checkpoint, from which --resume continues."""
+    write_record(path, make_record(run))
+    write(path, checkpoint_bytes(run, model, optimizer, scaler, rng))
+
+def checkpoint_bytes(run, model, optimizer, scaler, rng):
+    """What a checkpoint holds, as the bytes of the file."""
+    state = changing_state(model)
+    for name, tensor in state.items():
+        state[name] = tensor.cpu()   # so that every machine loads them
+    buffer = io.BytesIO()
+    torch.save({
+        "format": FORMAT,
+        "options": run["options"],
+        "sessions": run["sessions"],
+        "epochs": run["epochs"],
+        "fingerprint": run["fingerprint"],
+        "model": state,
+        "optimizer": on_cpu(optimizer.state_dict()),
+        "scaler": scaler.state_dict(),
+        "rng": rng.get_state(),
+    }, buffer)
+    return buffer.getvalue()
+
+def require_own(path, run):
+    """Raise UserError if another process has gone on: two would overwrite each other."""
+    if last_writer(path) not in (None, run["sessions"][-1]["id"]):
+        raise UserError(f"{path} was continued by another process, to which this one leaves it")
+
+def make_record(run):
+    """The record of a run: a dict of options, counts of parameters, sessions and epochs.
+
+    A run has a session for each start, on whatever machine. The headline is the test accuracy of
+    the last epoch, never the best.
+    """
+    epochs = run["epochs"]
+    return {
+        "options": run["options"],
+        "parameters": run["parameters"],
+        "test_accuracy": epochs[-1]["test_accuracy"] if epochs else None,
+        "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
+        "sessions": run["sessions"],
+        "epochs": epochs,
+    }
+
+def record_path(checkpoint):
+    """Where the record of a checkpoint is: x.json beside x.pt, or beside that to which it links."""
+    return pathlib.Path(checkpoint).resolve().with_suffix(".json")
+
+def write_record(checkpoint, record):
+    """Write the record of a checkpoint as JSON, with a line for each epoch."""
+    text = json.dumps(record).replace("}, {", "},\n {")
+    write(record_path(checkpoint), (text + "\n").encode())
+
+def read_record(path):
+    """The record of a finished run, see make_record. Raises UserError if the file is none."""
+    try:
+        record = json.loads(path.read_bytes())
+        for name in ("parameters", "seconds", "sessions"):
+            require(name in record, f"it has no {name}")
+        record["options"] = check_options(record["options"])
+        check_epochs(record["epochs"], record["options"])
+        done, epochs = len(record["epochs"]), record["options"]["epochs"]
+        require(done == epochs, f"{done} of {epochs} epochs are done")
+        require(record["test_accuracy"] == record["epochs"][-1]["test_accuracy"],
+                "its accuracy is not the last epoch's")
+    except OSError:
+        raise
+    except Exception as error:   # whatever a file leads to
+        raise UserError(f"{path} is not the record of a finished run ({one_line(error)})") from None
+    return record
 
 def write(path, content):
-    """Write bytes such that `path` holds the old content or the new, never a part, even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write bytes so that `path` holds the old content or the new, even after a power cut."""
+    temporary = path.with_name(f"{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
-def write_record(path, record):
-    """Write the record of a run as JSON, with a line for each epoch."""
-    write(path, (json.dumps(record).replace("}, {", "},\n {") + "\n").encode())
+def claim(path, content):
+    """Create the file, so that of several runs with one name one goes on and the others end.
 
-def save(out, state):
-    """Write the log, after the last epoch the record, and only then the checkpoint, from which --resume continues."""
-    records, options = state["records"], state["options"]
-    write(out.with_suffix(".jsonl"), "".join(json.dumps(record) + "\n" for record in records).encode())
-    if len(records) == options["epochs"]:
-        counts = {**count_parameters(empty_model(options["arch"], options["norm"])), "trained": len(state["trained"])}
-        write_record(out.with_suffix(".json"), {   # the accuracy is that of the last epoch, never the best
-            **options, "parameters": counts, "parts": state["parts"], "test_accuracy": records[-1]["test_accuracy"],
-            "seconds": round(sum(record["seconds"] for record in records), 1), "records": records})
-    save_checkpoint(out, state)
+    content: the checkpoint before the first epoch, from which --resume continues if this run is
+    killed before it has written anything else.
+    """
+    created = False
+    try:
+        if record_path(path).exists():
+            raise FileExistsError
+        with open(path, "xb") as file:
+            created = True
+            file.write(content)
+    except FileExistsError:
+        raise UserError(f"{path} or its record exists: add --resume to continue, choose another "
+                        "--out, or delete both", 2) from None
+    except OSError as error:
+        if created:
+            path.unlink()
+        raise UserError(f"{path} can't be written ({error.strerror})") from error
 
-def save_checkpoint(path, state):
-    """Write a state: vectors, not a tensor per layer (867 names would outweigh their numbers), and the rest as JSON."""
-    vectors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    rest = {name: value for name, value in state.items() if name not in vectors}
-    torch.save({**vectors, "json": json.dumps({"version": VERSION, **rest})}, content := io.BytesIO())
-    write(path, content.getvalue())
+def last_writer(path):
+    """The id of the last session in the record of a checkpoint, None if there is none."""
+    try:
+        return json.loads(record_path(path).read_bytes())["sessions"][-1]["id"]
+    except Exception:   # a file of this name that is no record belongs to nobody
+        return None
+
+def give_back(path, run):
+    """Remove the files of a run without an epoch, unless another process has gone on with it."""
+    writer = last_writer(path)
+    own = run["sessions"][-1]["id"]
+    if writer in (None, own):
+        path.unlink(missing_ok=True)
+    if writer == own:
+        record_path(path).unlink(missing_ok=True)
 
 def load_checkpoint(path):
-    """Read a checkpoint from anyone without running code in it. Returns (model in evaluation mode, state of the run).
+    """Read a checkpoint from anyone without running code in it.
 
-    The state: the vectors of state_tensors, and rng; options; records, one per epoch; parts, one per start; scaler;
-    fingerprint of the frozen weights. Raises UserError if the file is invalid.
+    Returns the network, in evaluation mode on the CPU, and the content of the file, a dict of what
+    `save` writes. Raises UserError if the file is invalid.
     """
     try:
         with zipfile.ZipFile(path) as archive:   # torch.load does not look at the checksums
-            check(archive.testzip() is None, "its checksums do not match")
-        vectors = torch.load(path, map_location="cpu", weights_only=True)
-        state = json.loads(vectors.pop("json"))
-        check(state.pop("version") == VERSION, f"this code reads format {VERSION}: use the release that wrote it")
-        options = state["options"] = check_run(state["options"], state["records"])
-        # Before memory is taken for a network: a short file can name a large one (but for norms without statistics).
-        means = state_tensors(empty_model(options["arch"], options["norm"]))["running_mean"]
-        check(len(vectors["running_mean"]) == sum(map(len, means)), f"it is not of {options['arch']}")
+            require(archive.testzip() is None, "its checksums do not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        require(checkpoint["format"] == FORMAT,
+                f"this code reads format {FORMAT}: use the release that wrote it")
+        options = check_options(checkpoint["options"])
+        checkpoint["options"] = options
+        check_epochs(checkpoint["epochs"], options)
+        check_tensors(checkpoint)
+        require(isinstance(checkpoint["sessions"], list), "its sessions are no list")
         model = build(options)
-        tensors = state_tensors(model)
-        for name, listed in {**tensors, "momentum": tensors["trained"]}.items():
-            vector, length = vectors[name], sum(tensor.numel() for tensor in listed)
-            check(vector.dtype == torch.float32 and vector.shape == (length,) and vector.isfinite().all(),
-                  f"{name} is not {length} finite numbers")
-        check((vectors["running_var"] >= 0).all() and type(state["parts"]) is list, "negative variance or no parts")
-        drawn = fingerprint(p for p in model.parameters() if not p.requires_grad)
-        check(np.allclose(drawn, state["fingerprint"], 0, 1e-9 * drawn[0]), "its seed draws other weights now")
-        torch.Generator().set_state(vectors["rng"])
-        torch.amp.GradScaler("cpu", enabled=options["amp"] == "fp16").load_state_dict(state["scaler"])
-        from_vectors(tensors, vectors)
+        drawn = fingerprint(frozen_parameters(model))
+        require(np.allclose(drawn, checkpoint["fingerprint"], rtol=0, atol=1e-9 * drawn[0]),
+                "its seed draws other weights now")
+        model.load_state_dict(checkpoint["model"], strict=False)   # the seed gave the others
     except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:   # whatever a damaged file makes the readers raise
-        raise UserError(f"{path} is not a valid checkpoint of train.py ({one_line(error).split('. ')[0]})") from None
-    return model.eval(), {**state, **vectors}
+        reason = one_line(error).split(". ")[0]
+        raise UserError(f"{path} is not a valid checkpoint of train.py ({reason})") from None
+    return model.eval(), checkpoint
 
-def check(holds, what):
-    """Raise ValueError unless the condition holds."""
-    if not holds:
-        raise ValueError(what)
+def check_tensors(checkpoint):
+    """Compare the tensors of a checkpoint with the network that it names.
 
-def check_run(options, records):
-    """A file's options, parsed as a command line for its bounds and defaults; raises if train.py can't write such."""
+    Before memory is taken for that network, because a short file can name a large one. Raises
+    ValueError, or whatever PyTorch raises.
+    """
+    options = checkpoint["options"]
+    model = empty_model(options["arch"], options["norm"])
+    freeze(model, options["train"], options["seed"])
+    expected = {name: t.shape for name, t in changing_state(model).items()}
+    stored = {name: tensor.shape for name, tensor in checkpoint["model"].items()}
+    require(stored == expected, f"its tensors are not those of {options['arch']}, "
+                                f"--train {options['train']}")
+    for name, tensor in checkpoint["model"].items():
+        require(tensor.isfinite().all(), f"{name} is not finite")
+    states = checkpoint["optimizer"]["state"].values()
+    momentum = [state["momentum_buffer"].shape for state in states]
+    trained = [parameter.shape for parameter in trained_parameters(model)]
+    require(momentum == trained, "its momentum is of another network")
+    torch.Generator("cpu").set_state(checkpoint["rng"])
+    scaler = torch.amp.GradScaler("cpu", enabled=options["amp"] == "fp16")
+    scaler.load_state_dict(checkpoint["scaler"])
+
+@torch.no_grad()
+def load_momentum(optimizer, checkpoint):
+    """Put back the momentum, in place, because its layout is that of this start."""
+    stored = checkpoint["optimizer"]["state"].values()
+    for state, stored_state in zip(optimizer.state.values(), stored):
+        state["momentum_buffer"].copy_(stored_state["momentum_buffer"])
+
+def check_options(stored):
+    """A file's options, checked as the command line is; an option that it lacks has its default."""
+    require(set(stored) <= set(OPTIONS), f"unknown options {set(stored) - set(OPTIONS)}")
     parser = make_parser()
-    parser.error = lambda message: check(False, message)
-    args = parser.parse_args(["--device=cpu", *(f"--{o.replace('_', '-')}={v}" for o, v in options.items())])
-    parsed = {o: getattr(args, o) for o in OPTIONS}
-    check(parsed == {**parsed, **options} and parsed["amp"] != "auto", "options with wrong values")
-    epochs = [record["epoch"] for record in records]
-    check(epochs == [*range(1, len(epochs) + 1)] and 1 <= len(epochs) <= parsed["epochs"], "epochs are missing")
-    check(all(0 <= r[f] <= (100 if "accuracy" in f else 1e9) for r in records for f in METRICS), "impossible figures")
-    return parsed
+    options = {}
+    for name, parse in OPTIONS.items():
+        value = stored.get(name, parser.get_default(name))
+        require(parse(str(value)) == value, f"its {name} is {value!r}")
+        options[name] = value
+    require(options["amp"] != "auto", "its amp is auto")
+    return options
+
+def check_epochs(epochs, options):
+    numbers = [epoch["epoch"] for epoch in epochs]
+    require(numbers == list(range(1, len(epochs) + 1)), "epochs are missing")
+    require(len(epochs) <= options["epochs"], "it has too many epochs")
+
+def count_parameters(model):
+    """How many parameters a network has: "all", in each group, and "trained" (that train)."""
+    counts = {"all": sum(p.numel() for p in parameters_of(model, PRESETS["all"]))}
+    for group in GROUPS:
+        counts[group] = sum(p.numel() for p in parameters_of(model, [group]))
+    counts["trained"] = sum(p.numel() for p in trained_parameters(model))
+    return counts
+
+def trained_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+def require(condition, text):
+    """Raise ValueError with this text unless the condition holds."""
+    if not condition:
+        raise ValueError(text)
+
+# --- files of data
+
+def load_cifar10(data_dir):
+    """torchvision's CIFAR10 (train, test) from a folder that holds the batches, or their folder.
+
+    Fetches them if they are not there. Raises UserError if that fails.
+    """
+    folder = data_dir
+    if not (data_dir / "data_batch_1").exists():
+        folder = data_dir / "cifar-10-batches-py"
+    try:
+        return read_batches(folder)
+    except RuntimeError:   # a file is missing or damaged
+        fetch_batches(data_dir, folder)
+        return read_batches(folder)
+
+def read_batches(folder):
+    class CIFAR10Folder(import_cifar10()):
+        base_folder = ""   # the batches lie in the folder itself, whatever its name
+    return CIFAR10Folder(folder, train=True), CIFAR10Folder(folder, train=False)
+
+def fetch_batches(data_dir, folder):
+    """Download CIFAR-10, unless its archive is in data_dir, and put the batches into the folder.
+
+    Everything is made in a private folder first and moved file by file, so that any number of
+    processes may do it at once.
+    """
+    dataset = import_cifar10()
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)   # a host that never answers would take forever
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as private:
+            source = private
+            if check_integrity(data_dir / dataset.filename, dataset.tgz_md5):
+                source = data_dir
+            else:
+                log(f"downloading CIFAR-10 (170 MB) from {dataset.url}")
+            download_and_extract_archive(dataset.url, source, private, dataset.filename,
+                                         dataset.tgz_md5)
+            for file in pathlib.Path(private, dataset.base_folder).iterdir():
+                os.replace(file, folder / file.name)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"no intact CIFAR-10 in {data_dir}, and it can't be put there ({one_line(error)}): "
+            f"fetch {dataset.url} by other means, unpack it (tar -xzf), and give its folder as "
+            "--data-dir") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+def import_cifar10():
+    try:
+        from torchvision.datasets import CIFAR10
+    except RuntimeError:
+        # A CUDA build beside a CPU build of torch lacks its operators; none is needed here.
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "() -> ()")
+        from torchvision.datasets import CIFAR10
+    return CIFAR10
+
+def synthetic_data(seed):
+    """To try the code: ten smooth random patterns, shifted with wrap-around and noisy.
+
+    10,000 training and 2,000 test images in the format of load_data.
+    """
+    rng = np.random.RandomState([seed, 1])
+    coarse = torch.from_numpy(rng.standard_normal((10, 3, 4, 4)))
+    smooth = F.interpolate(coarse, size=32, mode="bicubic")            # (10, 3, 32, 32)
+    patterns = 96 + 40 * smooth.permute(0, 2, 3, 1).float().numpy()    # (10, 32, 32, 3)
+
+    def draw(n):
+        labels = rng.randint(0, 10, n)
+        shift = rng.randint(-4, 5, (2, n, 1))
+        rows, columns = (shift + np.arange(32)) % 32                   # both (n, 32)
+        images = patterns[labels[:, None, None], rows[:, :, None], columns[:, None, :]]
+        images += rng.randint(0, 64, images.shape, dtype=np.uint8)
+        return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), to_labels(labels)
+
+    return draw(10_000), draw(2_000)
 
 # --- benchmark
 
 def benchmark(args):
-    """Time args.benchmark steps on noise, after five to warm up, and estimate how long a run will take."""
-    size, seconds = args.batch_size, []
-    step, *_ = prepare(build(vars(args)), args, {size})
+    """Time args.benchmark steps on noise, after five more, and estimate how long a run takes."""
+    if args.amp == "auto":
+        args.amp = default_amp(args.device)
+    size = args.batch_size
+    model = build({name: getattr(args, name) for name in OPTIONS})
+    optimizer, scaler = prepare(model, args)
+    step = functools.partial(train_step, model, optimizer, scaler, args.amp)
+    if args.device.type == "cuda" and not args.plain:
+        step = make_fast(step, model, optimizer, scaler, [size, size])
     images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, device=args.device)
+    labels = torch.randint(0, 10, (size,), dtype=torch.int64, device=args.device)
+    seconds = []
     for _ in range(5 + args.benchmark):
-        began = time.perf_counter()
-        loss, _ = step(normalize(images), images[:, 0, 0, 0].long() % 10)
+        start_time = time.perf_counter()
+        batch = normalize(images)
+        if args.plain:
+            batch = batch.contiguous()
+        loss, _ = step(batch, labels)
         loss.item()   # waits for the device
-        seconds.append(time.perf_counter() - began)
-    low, step_time, high = np.percentile(seconds[5:], [10, 50, 90])
-    hours = args.epochs * math.ceil(50_000 / size) * step_time / 3600
-    say(f"{1e3 * step_time:.2f} ms/step (10 % to 90 %: {1e3 * low:.2f} to {1e3 * high:.2f}), "
-        f"{size / step_time:,.0f} images/s, {hours:.2f} hours for {args.epochs} epochs"
-        + (f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of GPU memory" if args.device.type == "cuda" else ""))
+        seconds.append(time.perf_counter() - start_time)
+    low, median, high = np.percentile(seconds[5:], [10, 50, 90])
+    hours = args.epochs * math.ceil(50_000 / size) * median / 3600
+    text = (f"{1e3 * median:.2f} ms/step (10 % to 90 %: {1e3 * low:.2f} to {1e3 * high:.2f}), "
+            f"{size / median:,.0f} images/s, {hours:.2f} hours for {args.epochs} epochs")
+    if args.device.type == "cuda":
+        text += f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of GPU memory"
+    log(text)
 
 # --- output
 
-def say(text, end="\n", file=None):
-    """Print and flush. If the output is closed or full, go on without it: a training is worth more than its log."""
+def log(text, end="\n"):
+    """Print and flush. If the output is closed or full, go on: a training is worth more than it."""
     try:
-        print(text, end=end, flush=True, file=file)
+        print(text, end=end, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
-        if file is None and not isinstance(error, BrokenPipeError):
-            say(f"output is lost from here on: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):   # not as in `train.py | head`
+            print(f"output is lost from here on: {error}", file=sys.stderr)
 
 def one_line(error):
     """The first line of a message in printable characters: it may quote an untrusted file."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:1000]
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0][:300]
     return "".join(c if c.isprintable() else "?" for c in line)
 
 def machine(device):
-    """What a run records of the code and the machine; the commit is None if git does not track this file."""
-    command = "git ls-files --error-unmatch train.py && git describe --always --dirty --abbrev=40 --exclude=*"
-    git = subprocess.run(command, shell=True, cwd=pathlib.Path(__file__).parent, capture_output=True, errors="replace")
+    """What a run records of the code and the machine."""
+    hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    return {"commit": commit(), "torch": str(torch.__version__), "hardware": hardware}
+
+def cpu_name():
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    cpu = re.search("model name\t: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    cpu = f"{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads"
-    return {"commit": git.stdout.split()[-1] if git.returncode == 0 else None, "torch": torch.__version__,
-            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu}
+    if cpuinfo.exists():
+        model_name = re.search("model name\t: (.*)", cpuinfo.read_text())
+        if model_name:   # ARM's has none
+            return model_name[1]
+    return platform.processor() or platform.machine()
+
+def commit():
+    """The commit of this file, None if git does not track it, or "unknown" if git does not tell."""
+    here = pathlib.Path(__file__).parent
+    english = {**os.environ, "LC_ALL": "C"}
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=here, env=english, capture_output=True,
+                              text=True, errors="replace")
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", "train.py")
+        if tracked.returncode == 0:
+            described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+            return described.stdout.strip() or "unknown"
+    except OSError:   # no git
+        return "unknown"
+    untracked = tracked.returncode == 1 or "not a git repository" in tracked.stderr
+    return None if untracked else "unknown"
 
 # --- command line
 
-def argument(kind, low=None, high=None):
-    """An argparse type: `kind` of the text, in low .. high, with an error that tells what is wrong."""
+def number(kind, low, high):
+    """A function that reads an int or a float in low .. high from a text."""
     def parse(text):
-        try:
-            value = kind(text)
-            check(low is None or low <= value <= high, f"not in {low} .. {high}")
-            return value
-        except Exception as error:   # of the devices that PyTorch knows, some raise anything
-            raise argparse.ArgumentTypeError(f"{text}: {one_line(error)}") from None
+        value = kind(text)
+        require(low <= value <= high, f"not in {low} to {high}")
+        return value
     return parse
 
+def one_of(names):
+    """A function that reads one of these names."""
+    def parse(text):
+        require(text in names, f"not one of {', '.join(names)}")
+        return text
+    return parse
+
+def parse_train(text):
+    """The one spelling of a --train value: "random", a preset, or groups in order, joined by +.
+
+    "gamma+beta" is spelled "bn". Raises ValueError for any other value.
+    """
+    if text == "random" or text in PRESETS:
+        return text
+    names = text.split("+")
+    if "gamma" in names and "beta" in names:
+        names.remove("gamma")
+        names.remove("beta")
+        names.append("bn")
+    known = set(names) <= set(GROUPS)
+    twice = len(set(names)) < len(names)
+    if "bn" in names:
+        twice = twice or "gamma" in names or "beta" in names
+    require(known and not twice, f"not {', '.join(PRESETS)}, random, or some of "
+                                 f"{', '.join(GROUPS)} joined by +, each once")
+    ordered = [group for group in GROUPS if group in names]
+    for preset, groups in PRESETS.items():
+        if ordered == groups:
+            return preset
+    return "+".join(ordered)
+
+def parse_arch_name(text):
+    parse_arch(text)
+    return text
+
+# What makes a run what it is, and the function that reads its text. Checkpoint and record hold
+# these options, and --resume can't change them.
+OPTIONS = {
+    "arch": parse_arch_name,
+    "train": parse_train,
+    "norm": one_of(NORMS),
+    "bn_init": one_of(BN_INITS),
+    "weight_init": one_of(WEIGHT_INITS),
+    "dataset": one_of(["cifar10", "synthetic"]),
+    "seed": number(int, 0, 2 ** 32 - 1),
+    "epochs": number(int, 1, 1_000_000),
+    "batch_size": number(int, 1, 50_000),
+    "lr": number(float, 1e-30, 1e30),
+    "weight_decay": number(float, 0, 1e30),
+    "amp": one_of(["auto", *AMP_DTYPES]),
+}
+
+def argument(parse):
+    """The same function as an argparse type, with an error that tells what is wrong."""
+    def parse_argument(text):
+        try:
+            return parse(text)
+        except Exception as error:   # of the devices that PyTorch knows, some raise anything
+            raise argparse.ArgumentTypeError(f"{text}: {one_line(error)}") from None
+    return parse_argument
+
 def parse_device(text):
-    """The torch device of a --device value; under torchrun, `cuda` is another GPU for each process."""
-    kind = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+    """The torch device of a --device value."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(text)
+    if text == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     torch.zeros(1, device=device).item()   # raises an exception if this machine does not have it
     return device
 
-def add_data_arguments(parser, dataset):
-    """Give a parser the options that say on which data and device a network runs."""
-    parser.add_argument("--dataset", choices=["cifar10", "synthetic"], default=dataset, help="synthetic: no download")
-    parser.add_argument("--data-dir", type=os.path.expanduser, default="data", metavar="DIR", help="for CIFAR-10")
-    parser.add_argument("--device", type=argument(parse_device), default="auto", help="auto, cuda, cuda:1, mps, or cpu")
+def add_device_arguments(parser):
+    """Give a parser the options that say where the data are and where to compute."""
+    parser.add_argument("--data-dir", type=os.path.expanduser, default="data", metavar="DIR",
+                        help="where CIFAR-10 is, or is downloaded to")
+    parser.add_argument("--device", type=argument(parse_device), default="auto",
+                        help="auto, cuda, cuda:1, mps, or cpu")
 
 def make_parser():
     """The command line of train.py. Its defaults are the paper's recipe."""
-    parser = argparse.ArgumentParser(description="Train a CIFAR-10 ResNet, or only its BatchNorm (arXiv 2003.00152).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--arch", type=argument(lambda name: parse_arch(name) and name), default="resnet14",
-        help="resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
+    parser = argparse.ArgumentParser(
+        description="Train a CIFAR-10 ResNet, or only its BatchNorm (arXiv 2003.00152).")
+
+    def add(name, default, metavar, help):
+        parse = argument(OPTIONS[name])
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=parse, default=default, metavar=metavar,
+                            help=f"{help} (default: {default})")
+
+    add("arch", "resnet14", "NAME", "resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--train", type=argument(parse_train), metavar="PARTS",
-                       default="+".join(NAMES["all"]),   # "all" would let --train all --bn-only pass
-                       help=f"what trains: {', '.join(NAMES)}, or some of {', '.join(PARTS)} joined by +")
-    group.add_argument("--bn-only", dest="train", action="store_const", const="bn", help="short for --train bn")
-    add("--norm", choices=NORMS, default="batch", help="normalization; its own parameters are the part bn")
-    add("--bn-init", choices=BN_INITS, default="uniform", help="gamma, beta: U(0,1), 0; 1, 0; 1, 1; or U(-1,1), 0")
-    add("--weight-init", choices=WEIGHT_INITS, default="kaiming_normal", help="of all other weights")
-    add("--epochs", type=argument(int, 1, 10 ** 6), default=160, help="the learning rate drops at 1/2 and 3/4 of them")
-    add("--batch-size", type=argument(int, 1, 50_000), default=128, help="images per step")
-    add("--lr", type=argument(float, 1e-30, 1e30), default=0.1, help="initial learning rate of SGD, momentum 0.9")
-    add("--weight-decay", type=argument(float, 0, 1e30), default=1e-4, help="L2 penalty on whatever trains")
-    add("--seed", type=argument(int, 0, 2 ** 32 - 1), default=0, help="of initial values, data order, augmentation")
-    add("--amp", choices=["auto", *AMP_DTYPES], default="auto", help="auto: bf16 on CUDA if it has it, off elsewhere")
-    add("--plain", action="store_true", help="no channels_last, fused optimizer, compilation, CUDA graphs")
-    add("--benchmark", type=argument(int, 1, 10 ** 6), nargs="?", const=50, metavar="N", help="time N (50) steps")
-    add("--out", type=os.path.expanduser, metavar="x.pt", help="checkpoint; by default runs/<arch>-<train>-s<seed>.pt")
-    add("--resume", action="store_true", help="continue from the checkpoint, if it exists")
-    add_data_arguments(parser, "cifar10")
+    group.add_argument("--train", type=argument(parse_train), metavar="GROUPS",
+                       help=f"what trains: {', '.join(PRESETS)}, random, or some of "
+                            f"{', '.join(GROUPS)} joined by + (default: all)")
+    group.add_argument("--bn-only", dest="train", action="store_const", const="bn",
+                       help="short for --train bn")
+    add("norm", "batch", "NAME", f"{', '.join(NORMS)}; its parameters are the group bn")
+    add("bn_init", "uniform", "NAME", "gamma, beta: uniform (U(0,1), 0), fixed (1, 0), "
+        "oneone (1, 1), or positivenegative (U(-1,1), 0)")
+    add("weight_init", "kaiming_normal", "NAME", f"all other weights: {', '.join(WEIGHT_INITS)}")
+    add("dataset", "cifar10", "NAME", "cifar10, or synthetic (no download)")
+    add("seed", 0, "N", "of initial values, data order, augmentation")
+    add("epochs", 160, "N", "the learning rate drops at 1/2 and 3/4 of them")
+    add("batch_size", 128, "N", "images per step")
+    add("lr", 0.1, "X", "initial learning rate of SGD with momentum 0.9")
+    add("weight_decay", 1e-4, "X", "L2 penalty on whatever trains")
+    add("amp", "auto", "NAME", "bf16, fp16, off, or auto: bf16 on CUDA if it has it, off elsewhere")
+    parser.add_argument("--plain", action="store_true",
+                        help="no channels_last, fused optimizer, compilation, CUDA graphs")
+    parser.add_argument("--benchmark", type=argument(number(int, 1, 1_000_000)), nargs="?",
+                        const=50, metavar="N", help="time N (50) steps instead of training")
+    parser.add_argument("--out", type=os.path.expanduser, metavar="x.pt",
+                        help="checkpoint; by default runs/<arch>-<train>-s<seed>.pt")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue from the checkpoint, if it exists")
+    add_device_arguments(parser)
     return parser
+
+def parse_command_line():
+    """The arguments of train.py, with --train, --out and --plain as they take effect."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.train is None:
+        args.train = "all"
+    if args.device.type == "mps":
+        args.plain = True   # channels_last gives wrong gradients there: pytorch#175189
+    if args.out is None:
+        args.out = default_out(args)
+    if not args.out.endswith(".pt"):
+        parser.error(f"argument --out: {args.out}: a checkpoint's name ends in .pt")
+    args.out = pathlib.Path(args.out)
+    if os.path.islink(args.out):   # is_symlink() raises an exception if the name is too long
+        args.out = args.out.resolve()   # a link stays a link
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        parser.error("torchrun: a process trains one network; start one for each seed (README.md)")
+    return args
+
+def default_out(args):
+    """runs/<arch>-<train>-s<seed>.pt; norm, initial values and rate stand before the seed unless
+    they are the defaults."""
+    words = [args.arch, args.train]
+    if args.norm != "batch":
+        words.append(args.norm)
+    if args.bn_init != "uniform":
+        words.append(args.bn_init)
+    if args.weight_init != "kaiming_normal":
+        words.append(args.weight_init)
+    if args.lr != 0.1:
+        words.append(f"lr{args.lr:g}")
+    words.append(f"s{args.seed}")
+    return f"runs/{'-'.join(words)}.pt"
 
 def is_out_of_memory(error):
     """Whether an exception says that memory did not suffice, in one of PyTorch's ways to say it."""
-    return isinstance(error, MemoryError) or re.search("out of memory|alloc.* memory|ALLOC_FAILED", str(error))
+    if isinstance(error, MemoryError):
+        return True
+    return re.search("out of memory|alloc.* memory|ALLOC_FAILED", str(error)) is not None
 
-def run(main, stopped="stopped"):
+def run_cli(main, stopped="stopped"):
     """Call main(), with errors that users meet as one line on stderr and an exit status."""
-    for name in "stdout", "stderr":   # may be closed, or unable to show a character
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(getattr(sys, name), "reconfigure", dict)(errors="replace")   # a notebook's streams have none
+    make_output_safe()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = 1
     try:
+        require_torch()
         return main()
     except UserError as error:
-        text, status = (*error.args, 1)[:2]
+        text, status = str(error), error.status
     except KeyboardInterrupt:
-        text, status = stopped, 1
+        text = stopped
     except (OSError, MemoryError, RuntimeError) as error:
-        text, status = one_line(error), 1
+        text = one_line(error)
         if is_out_of_memory(error):
             text += "; try a smaller batch or network"
         elif isinstance(error, RuntimeError):
@@ -568,33 +1147,37 @@ def run(main, stopped="stopped"):
     print(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}", file=sys.stderr)
     sys.exit(status)
 
+def require_torch():
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 11):
+        raise UserError(f"torch {torch.__version__} is too old: pip install -r requirements.txt", 2)
+
+def make_output_safe():
+    """stdout and stderr may be closed, or unable to show a character; a notebook's are its own."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
 def main():
-    parser = make_parser()
-    args = parser.parse_args()
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
-    if args.out and (ranks > 1 or not args.out.endswith(".pt")):
-        parser.error(f"--out {args.out}: one checkpoint, so not for torchrun, and its name ends in .pt")
-    args.seed += rank
-    words = [args.arch, args.train, args.norm, args.bn_init, args.weight_init, f"s{args.seed}"]
-    name = "-".join(word for word in words if word not in ("batch", "uniform", "kaiming_normal"))
-    args.out = pathlib.Path(args.out or f"runs/{name}.pt")
-    if args.amp == "auto":
-        args.amp = "off" if args.device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    args = parse_command_line()
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     if args.benchmark:
-        return benchmark(args)
-    if rank > 0:   # one process prints
-        sys.stdout = open(os.devnull, "w")
-    if ranks > 1:   # and one on each machine downloads, while the others wait
-        torch.distributed.init_process_group("gloo")
-        if os.environ["LOCAL_RANK"] == "0":
-            load_data(args.dataset, args.data_dir, args.seed)
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        benchmark(args)
+        return
     train(args)
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join   # quotes only what needs it
-    data_dir = ["--data-dir", args.data_dir] if args.data_dir != "data" else []
-    for script, *words in ("prune.py", args.out, *data_dir), ("analyze.py", args.out):
-        say("next: " + join(map(str, [sys.executable, pathlib.Path(__file__).with_name(script), *words])))
+    print_next_commands(args)
+
+def print_next_commands(args):
+    """How to go on with the checkpoint, quoted for the shell of the system."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    data_dir = [] if args.data_dir == "data" else ["--data-dir", args.data_dir]
+    here = pathlib.Path(__file__).parent
+    log("next: " + join([sys.executable, str(here / "prune.py"), str(args.out), *data_dir]))
+    log("next: " + join([sys.executable, str(here / "analyze.py"), str(args.out)]))
 
 if __name__ == "__main__":
-    run(main, "stopped; the same command with --resume continues after the last complete epoch")
+    run_cli(main, "stopped; the same command with --resume continues after the last whole epoch")
