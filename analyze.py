@@ -60,14 +60,14 @@ def read_results(folder):
             reason = str(error).removeprefix(f"{file} is ")
             left_out.append([file.name, one_line(reason)])
     runs = {}
-    for record in sorted(records, key=order):
+    for record in sorted(records, key=record_order):
         options = record["options"]
-        group = runs.setdefault((options["arch"], variant(options)), [])
-        if options["seed"] in [other["options"]["seed"] for other in group]:
+        alike = runs.setdefault((options["arch"], variant_of(options)), [])
+        if options["seed"] in [other["options"]["seed"] for other in alike]:
             file = record["checkpoint"].with_suffix(".json")
             left_out.append([file.name, "another run of the same seed"])
         else:
-            group.append(record)
+            alike.append(record)
     return runs, sorted(left_out)
 
 def check_recipe(options):
@@ -76,7 +76,7 @@ def check_recipe(options):
         if options[name] != RECIPE[name]:
             raise UserError(f"not the paper's recipe ({name} {options[name]}, not {RECIPE[name]})")
 
-def variant(options):
+def variant_of(options):
     """What trains, and how else a run differs from the recipe, such as "bn, layer, lr 0.03"."""
     words = [options["train"]] + changed(options, ["norm", "bn_init", "weight_init"])
     if options["lr"] != RECIPE["lr"]:
@@ -87,15 +87,15 @@ def changed(options, names):
     """The values of those of these options that are not the recipe's."""
     return [options[name] for name in names if options[name] != RECIPE[name]]
 
-def order(record):
+def record_order(record):
     """What records are sorted by."""
     options = record["options"]
-    return row_order((options["arch"], variant(options))), options["seed"]
+    return row_order((options["arch"], variant_of(options))), options["seed"]
 
 def row_order(key):
     """What the rows of a table are sorted by: depth, width, and what trains."""
-    arch, train = key
-    return parse_arch(arch), train
+    arch, variant = key
+    return parse_arch(arch), variant
 
 def read_published():
     """What others report, as text: {(arch, what trains): {"paper": ..., "reproduction": ...}}."""
@@ -104,26 +104,26 @@ def read_published():
 
 NOT_PUBLISHED = {"paper": "-", "reproduction": "-"}
 
-def options_of(group):
+def options_of(records):
     """The options of the first of these runs; the others differ in seed and perhaps in amp."""
-    return group[0]["options"]
+    return records[0]["options"]
 
-def accuracies(group):
-    return [record["test_accuracy"] for record in group]
+def accuracies(records):
+    return [record["test_accuracy"] for record in records]
 
-def prune_rows(group, threshold):
+def prune_rows(records, threshold):
     """The row of this threshold in the table "prune" of each record that has one."""
     rows = []
-    for record in group:
+    for record in records:
         by_threshold = {row["threshold"]: row for row in record.get("prune", [])}
         if threshold in by_threshold:
             rows.append(by_threshold[threshold])
     return rows
 
-def disabled(group, kind):
+def disabled(records, kind):
     """The disabled features behind this kind of ReLU, in percent, of each record that has them."""
     shares = []
-    for record in group:
+    for record in records:
         by_kind = {row["relu"]: row for row in record.get("activations", [])}
         if kind in by_kind:
             shares.append(by_kind[kind]["disabled"])
@@ -171,15 +171,15 @@ def print_width(runs, published):
 def print_networks(title, archs, runs, published):
     """A row for each network: only BatchNorm trained, then everything; ours, then published."""
     header = ["network", "parameters", "BatchNorm"]
-    for train in ("bn", "all"):
-        header += [train, f"{train}, paper", f"{train}, reproduction"]
+    for variant in ("bn", "all"):
+        header += [variant, f"{variant}, paper", f"{variant}, reproduction"]
     rows = []
     for arch in archs:
         counts = counts_of(arch)
         row = [arch, f"{counts['all']:,}", f"{counts['bn']:,}"]
-        for train in ("bn", "all"):
-            theirs = published.get((arch, train), NOT_PUBLISHED)
-            ours = spread(accuracies(runs.get((arch, train), [])))
+        for variant in ("bn", "all"):
+            theirs = published.get((arch, variant), NOT_PUBLISHED)
+            ours = spread(accuracies(runs.get((arch, variant), [])))
             row += [ours, theirs["paper"], theirs["reproduction"]]
         rows.append(row)
     print_table(title, header, rows)
@@ -195,62 +195,62 @@ def print_what_trains(runs, published):
     "all", which the tables above show.
     """
     keys = [key for key in runs if options_of(runs[key])["norm"] == "batch"]
-    archs = {arch for arch, train in keys if train not in ("bn", "all")}
-    for arch, train in published:
-        if arch in archs and train not in ("bn", "all") and (arch, train) not in keys:
-            keys.append((arch, train))
+    archs = {arch for arch, variant in keys if variant not in ("bn", "all")}
+    for arch, variant in published:
+        if arch in archs and variant not in ("bn", "all") and (arch, variant) not in keys:
+            keys.append((arch, variant))
     rows = []
-    for arch, train in sorted(keys, key=row_order):
-        group = runs.get((arch, train), [])
-        theirs = published.get((arch, train), NOT_PUBLISHED)
-        if group:
-            counts = group[0]["parameters"]
+    for arch, variant in sorted(keys, key=row_order):
+        records = runs.get((arch, variant), [])
+        theirs = published.get((arch, variant), NOT_PUBLISHED)
+        if records:
+            counts = records[0]["parameters"]
         else:
             model = empty_model(arch)
-            freeze(model, train, seed=0)
+            freeze(model, variant, seed=0)
             counts = count_parameters(model)
-        ours = spread(accuracies(group))
-        rows.append([arch, train, f"{counts['trained']:,}", ours, theirs["paper"]])
+        ours = spread(accuracies(records))
+        rows.append([arch, variant, f"{counts['trained']:,}", ours, theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", header, rows)
 
 def print_normalizations(runs):
     """Runs with other normalizations, and those of the same networks that train BatchNorm alone."""
     archs = set()
-    for (arch, _), group in runs.items():
-        if options_of(group)["norm"] != "batch":
+    for (arch, _), records in runs.items():
+        if options_of(records)["norm"] != "batch":
             archs.add(arch)
     rows = []
-    for (arch, _), group in runs.items():
-        options = options_of(group)
+    for (arch, _), records in runs.items():
+        options = options_of(records)
         norm = options["norm"]
         words = [options["train"]] + changed(options, ["bn_init", "weight_init"])
         trains = ", ".join(words)
         if arch in archs and (norm != "batch" or trains == "bn"):
-            small = [row["pruned"] for row in prune_rows(group, 0.01)]
-            rows.append([arch, norm, f"{options['lr']:g}", trains, spread(accuracies(group)),
-                         spread(small), spread(disabled(group, "all"))])
+            small = [row["pruned"] for row in prune_rows(records, 0.01)]
+            rows.append([arch, norm, f"{options['lr']:g}", trains, spread(accuracies(records)),
+                         spread(small), spread(disabled(records, "all"))])
     header = ["network", "norm", "learning rate", "what trains", "accuracy",
               "gammas below 0.01 (%)", "disabled features (%)"]
     print_table("Other normalizations", header, rows)
 
 def print_disabled(runs):
     rows = []
-    for (arch, train), group in runs.items():
-        cells = [spread(disabled(group, kind)) for kind in RELUS]
+    for (arch, variant), records in runs.items():
+        cells = [spread(disabled(records, kind)) for kind in RELUS]
         if any(cell != "-" for cell in cells):
-            rows.append([arch, train, *cells])
+            rows.append([arch, variant, *cells])
     print_table("Disabled features (%), by their ReLU", ["network", "what trains", *RELUS], rows)
 
 def print_pruning(runs):
     """Means over the n records that have a table "prune"."""
     thresholds = [threshold for threshold in THRESHOLDS if threshold > 0]   # nothing is below 0
     rows = []
-    for (arch, train), group in runs.items():
-        n = sum("prune" in record for record in group)
+    for (arch, variant), records in runs.items():
+        n = sum("prune" in record for record in records)
         if n > 0:
-            cells = [pruning_cell(prune_rows(group, threshold)) for threshold in thresholds]
-            rows.append([arch, train, str(n), *cells])
+            cells = [pruning_cell(prune_rows(records, threshold)) for threshold in thresholds]
+            rows.append([arch, variant, str(n), *cells])
     title = ("Gammas below a threshold set to zero: "
              "change of accuracy in points (share of gammas, %)")
     header = ["network", "what trains", "n", *(f"< {threshold:g}" for threshold in thresholds)]
@@ -266,10 +266,10 @@ def pruning_cell(rows):
 def print_runs(runs):
     """A row for each session that trained an epoch; a run that was resumed has several."""
     rows = []
-    for (arch, train), group in runs.items():
-        for record in group:
+    for (arch, variant), records in runs.items():
+        for record in records:
             options = record["options"]
-            about_run = [arch, train, str(options["seed"]), options["amp"],
+            about_run = [arch, variant, str(options["seed"]), options["amp"],
                          f"{record['test_accuracy']:.2f}", f"{record['seconds'] / 3600:.2f}"]
             for session in sessions_with_epochs(record):
                 rows.append([*about_run, str(session["first_epoch"]), session["hardware"],
@@ -298,7 +298,7 @@ def print_left_out(left_out):
 
 # --- one network
 
-# The kinds of ReLUs, and how their names in the network end.
+# The kinds of ReLUs, and how their names in the network end: all of them with "".
 RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
 def print_network(path, args):
@@ -454,13 +454,13 @@ def draw_accuracy(runs, published):
     draw_our_accuracy(ax, runs, DEEP, "random", "random")
     return figure
 
-def draw_our_accuracy(ax, runs, archs, train, look):
+def draw_our_accuracy(ax, runs, archs, variant, look):
     """Means of these networks, and sample standard deviations as error bars."""
     counts = []
     means = []
     deviations = []
     for arch in archs:
-        values = accuracies(runs.get((arch, train), []))
+        values = accuracies(runs.get((arch, variant), []))
         if values:
             counts.append(counts_of(arch)["bn"])
             means.append(np.mean(values))
@@ -493,31 +493,31 @@ def drawn_runs(runs):
     """The (arch, what trains, records) of the figures of pruning and epochs."""
     drawn = []
     for arch in drawn_archs(runs):
-        for train in ("all", "bn", "random"):
-            if (arch, train) in runs:
-                drawn.append((arch, train, runs[arch, train]))
+        for variant in ("all", "bn", "random"):
+            if (arch, variant) in runs:
+                drawn.append((arch, variant, runs[arch, variant]))
     return drawn
 
 def draw_gamma(runs):
-    """The distribution of |gamma|, a panel for each network."""
+    """The distribution of |gamma| up to 1.55, a panel for each network."""
     archs = drawn_archs(runs)
     figure, axes = new_figure("|gamma|", "gammas in a bin of 0.05 (%)", len(archs))
     edges = np.arange(32) / 20
     for arch, ax in zip(archs, axes):
         ax.set_title(arch)
-        for train in ("all", "bn"):
-            values = stored_gammas(runs.get((arch, train), []))
+        for variant in ("all", "bn"):
+            values = stored_gammas(runs.get((arch, variant), []))
             if values:
                 counts, _ = np.histogram(np.abs(values), edges)
-                color, label = LOOKS[train]
+                color, label = LOOKS[variant]
                 ax.stairs(100 * counts / len(values), edges, fill=True, alpha=0.6, color=color,
-                          label=label, gid=f"{arch} {train}")
+                          label=label, gid=f"{arch} {variant}")
     return figure
 
-def stored_gammas(group):
+def stored_gammas(records):
     """The gammas in those checkpoints of these runs that exist and can be read, as one list."""
     values = []
-    for record in group:
+    for record in records:
         try:
             model, _ = load_checkpoint(record["checkpoint"])
             values += gammas(model).tolist()
@@ -530,34 +530,34 @@ def stored_gammas(group):
 def draw_pruning(runs):
     """Accuracy against the share of gammas set to zero, a point for each threshold."""
     figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
-    for arch, train, group in drawn_runs(runs):
+    for arch, variant, records in drawn_runs(runs):
         shares = []
         means = []
         for threshold in THRESHOLDS:
-            rows = prune_rows(group, threshold)
+            rows = prune_rows(records, threshold)
             if rows:
                 shares.append(np.mean([row["pruned"] for row in rows]))
                 means.append(np.mean([row["test_accuracy"] for row in rows]))
         if shares:
-            draw_curve(ax, arch, train, shares, means, "o-", end=0, side="right")
+            draw_curve(ax, arch, variant, shares, means, "o-", end=0, side="right")
     return figure
 
 def draw_epochs(runs):
     """Accuracy after each epoch."""
     figure, [ax] = new_figure("epoch", "test accuracy (%)")
-    for arch, train, group in drawn_runs(runs):
+    for arch, variant, records in drawn_runs(runs):
         curves = []
-        for record in group:
+        for record in records:
             curves.append([epoch["test_accuracy"] for epoch in record["epochs"]])
         means = np.mean(curves, axis=0)
         epochs = range(1, len(means) + 1)
-        draw_curve(ax, arch, train, epochs, means, "-", end=-1, side="left")
+        draw_curve(ax, arch, variant, epochs, means, "-", end=-1, side="left")
     return figure
 
-def draw_curve(ax, arch, train, x, y, style, end, side):
+def draw_curve(ax, arch, variant, x, y, style, end, side):
     """A line in the look of what trains, with the network's name at its first or last point."""
-    color, label = LOOKS[train]
-    ax.plot(x, y, style, color=color, label=label, gid=f"{arch} {train}")
+    color, label = LOOKS[variant]
+    ax.plot(x, y, style, color=color, label=label, gid=f"{arch} {variant}")
     ax.annotate(f"  {arch}  ", (x[end], y[end]), ha=side, va="center", color=color)
 
 # --- command line

@@ -102,8 +102,8 @@ def parse_arch(arch):
         raise ValueError("networks are called resnet<depth> or wrn<depth>-<width>, "
                          "such as resnet866 or wrn14-32")
     if depth < 8 or depth % 6 != 2:
-        nearest = max(8, depth - (depth - 2) % 6)
-        raise ValueError(f"the depth must be 6n + 2, such as {nearest}")
+        allowed = max(8, depth - (depth - 2) % 6)
+        raise ValueError(f"the depth must be 6n + 2, such as {allowed}")
     return depth, width
 
 def empty_model(arch, norm="batch"):
@@ -124,7 +124,11 @@ def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaimin
     return model
 
 def gammas_and_betas(model):
-    """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,)."""
+    """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,).
+
+    A layer's gamma is its 1-D parameter "weight", and it has a "bias"; weight normalization's is
+    the gain of its convolution.
+    """
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, WeightNormConv2d):
@@ -198,7 +202,7 @@ def orthogonal(z, std):
     rows = z.reshape(len(z), -1)
     wide = rows.shape[0] < rows.shape[1]
     q, r = np.linalg.qr(rows.T if wide else rows)
-    q = q * np.sign(np.diag(r))
+    q = q * np.sign(np.diag(r))   # makes the decomposition unique
     return (q.T if wide else q).reshape(z.shape)
 
 def binary(z, std):
@@ -214,7 +218,7 @@ WEIGHT_INITS = {
 
 @torch.no_grad()
 def fingerprint(tensors):
-    """Two sums that tell weights apart: of |w|, and of w times its position in 0 .. 1."""
+    """Two sums that tell drawn weights apart: of |w|, and of w times its position in 0 .. 1."""
     magnitude, moment = 0.0, 0.0
     for tensor in tensors:
         w = tensor.detach().cpu().double().flatten()
@@ -272,7 +276,7 @@ class SwitchNorm2d(nn.BatchNorm2d):
             mean_bn = mean_in.mean(0, keepdim=True)                 # (1, C, 1, 1)
             var_bn = variance(mean_bn, square_in.mean(0, keepdim=True))
             self.running_mean.lerp_(mean_bn.detach().flatten(), 0.1)
-            self.running_var.lerp_(var_bn.detach().flatten(), 0.1)
+            self.running_var.lerp_(var_bn.detach().flatten(), 0.1)   # BatchNorm's is unbiased
         else:
             mean_bn = self.running_mean[:, None, None]
             var_bn = self.running_var[:, None, None]

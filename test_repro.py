@@ -54,12 +54,15 @@ def batch(n=16, first=0, dtype=torch.float32):
     labels = TRAIN_LABELS[first:first + n]
     return train.normalize(images, dtype), labels
 
+def command_line(*words):
+    """The arguments of train.py with nothing but these words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        return train.parse_command_line()
+
 def arguments(*words):
     """The arguments of train.py for a resnet8 in fp32 on the CPU, and whatever `words` say."""
-    words = ["--arch", "resnet8", "--amp", "off", "--device", "cpu", *map(str, words)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *words])
-        return train.parse_command_line()
+    return command_line("--arch", "resnet8", "--amp", "off", "--device", "cpu", *words)
 
 def options_of(args):
     """The options that a checkpoint of these arguments would hold."""
@@ -114,6 +117,13 @@ def raising(error):
 def tiny_data(*args):
     """40 training and 100 test images, whatever load_data is asked for."""
     return (TRAIN_IMAGES[:40], TRAIN_LABELS[:40]), (TEST_IMAGES[:100], TEST_LABELS[:100])
+
+def contents_of(folder):
+    """{name: content} of the files in a folder, which has no folders in it."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+def files_here():
+    return contents_of(pathlib.Path())
 
 def epochs_of(path):
     """The epochs in a checkpoint."""
@@ -535,10 +545,6 @@ def test_archive_is_unpacked_without_a_download(cifar10, tmp_path, monkeypatch, 
     assert contents_of(folder) == {"data_batch_1": b"images"}
     assert "downloading" not in capsys.readouterr().out
 
-def contents_of(folder):
-    """{name: content} of the files in a folder, which has no folders in it."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
 @pytest.fixture
 def downloads(cifar10, monkeypatch):
     """Downloads put two small files where they are told, and add their timeout to this list."""
@@ -925,12 +931,6 @@ def test_an_epochs_loss_and_accuracy_are_those_of_its_steps(tiny, monkeypatch):
         assert epoch["train_loss"] == pytest.approx(np.average(losses, weights=[16, 16, 8]))
         assert epoch["train_accuracy"] == 100 * correct / 40
 
-def command_line(*words):
-    """The arguments of train.py with nothing but these words."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        return train.parse_command_line()
-
 def test_defaults_are_the_papers():
     args = command_line("--arch", "resnet866", "--bn-only", "--device", "cpu")
     assert options_of(args) == {
@@ -1314,6 +1314,7 @@ def test_left_over_variables_of_a_launcher_do_not_matter(tiny, monkeypatch):
     assert run_script(train, *SMALL, "--epochs", 1, "--seed", 3, "--out", "a.pt") == 0
     _, checkpoint = train.load_checkpoint("a.pt")
     assert checkpoint["options"]["seed"] == 3
+
 # --- checkpoints
 
 # Runs of every kind, to be interrupted and resumed.
@@ -1337,10 +1338,6 @@ def call_before_step(monkeypatch, number, action):
             action()
         return step(*args)
     monkeypatch.setattr(train, "train_step", watched_step)
-
-def files_here():
-    """{name: content} of the files in the current folder."""
-    return {file.name: file.read_bytes() for file in pathlib.Path().iterdir()}
 
 def as_bytes(value):
     """The same dicts and lists with bytes in place of tensors, for comparisons bit for bit."""
@@ -1472,14 +1469,7 @@ def test_load_checkpoint_gives_the_recorded_network(checkpoint, tiny):
     accuracy = functional_accuracy(model, test_images, test_labels)
     assert content["epochs"][2]["test_accuracy"] == pytest.approx(accuracy)
 
-@pytest.fixture
-def restored_defaults():
-    """A test may change PyTorch's default dtype and device."""
-    yield
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-
-def test_load_checkpoint_ignores_the_defaults_of_a_notebook(checkpoint, restored_defaults):
+def test_load_checkpoint_ignores_the_defaults_of_a_notebook(checkpoint, defaults_put_back):
     """Whatever the default dtype and device, it returns the same float32 network on the CPU."""
     x = train.normalize(TEST_IMAGES[:16])
     expected_model, _ = train.load_checkpoint(checkpoint)
@@ -2248,6 +2238,7 @@ def test_slow_kills_lose_at_most_an_epoch(write, tiny, finished_run):
     assert run_script(train, *TO_A, "--resume") == 0
     pathlib.Path("whole.pt").write_bytes(finished_run["a.pt"])
     assert content_of("a.pt") == content_of("whole.pt")
+
 # --- analyze
 
 def write_run(name, accuracy, words="--bn-only", **entries):

@@ -41,6 +41,11 @@ class UserError(Exception):
         super().__init__(text)
         self.status = status
 
+def require(condition, text):
+    """Raise ValueError with this text unless the condition holds."""
+    if not condition:
+        raise ValueError(text)
+
 # --- data
 
 # ImageNet's channel statistics, as in OpenLTH, the authors' code.
@@ -167,6 +172,23 @@ def build(options):
     freeze(model, options["train"], options["seed"])
     return model
 
+def trained_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+def frozen_parameters(model):
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+def count_parameters(model):
+    """How many parameters a network has: "all", in each group, and "trained" (that train).
+
+    "all" leaves out the values of TwoWeightsConv2d, which stand for weights that are counted.
+    """
+    counts = {"all": sum(p.numel() for p in parameters_of(model, PRESETS["all"]))}
+    for group in GROUPS:
+        counts[group] = sum(p.numel() for p in parameters_of(model, [group]))
+    counts["trained"] = sum(p.numel() for p in trained_parameters(model))
+    return counts
+
 # --- training
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -178,7 +200,7 @@ def train_step(model, optimizer, scaler, amp, images, labels):
     """
     with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
         logits = model(images)
-    if logits.dtype in (torch.bfloat16, torch.float16):
+    if amp != "off":
         logits = logits.float()
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
@@ -216,16 +238,9 @@ def train(args):
     """Train to the last epoch, from the beginning or from the last epoch of a checkpoint."""
     model, run, checkpoint = start(args)
     if len(run["epochs"]) == args.epochs:
-        log(f"{args.out} is finished: {run['epochs'][-1]['test_accuracy']:.2f} % test accuracy")
-        if not record_path(args.out).exists():
-            write_record(args.out, make_record(run))
+        report_finished(args.out, run)
         return
-    run["sessions"].append({
-        "id": secrets.token_hex(8),
-        "first_epoch": len(run["epochs"]) + 1,
-        "plain": args.plain,
-        **machine(args.device),
-    })
+    run["sessions"].append(new_session(run, args))
     optimizer, scaler = prepare(model, args)
     rng = torch.Generator("cpu").manual_seed(args.seed)
     if checkpoint is None:
@@ -238,8 +253,7 @@ def train(args):
         save(args.out, run, model, optimizer, scaler, rng)   # shows now if it can't be written
         train_epochs(model, optimizer, scaler, rng, run, args)
     except BaseException:   # an interrupt, too
-        if not run["epochs"]:
-            give_back(args.out, run)
+        give_back_if_empty(args.out, run)
         raise
 
 def train_epochs(model, optimizer, scaler, rng, run, args):
@@ -305,6 +319,21 @@ def log_epoch(done, epochs):
         "{lr:7.4g} {seconds:8.1f} {images_per_second:9,.0f} {time_left!s:>10}".format(
             **done[-1], epochs=epochs, time_left=time_left))
 
+def report_finished(path, run):
+    """Say that there is nothing left to train; write the record if it is missing."""
+    log(f"{path} is finished: {run['epochs'][-1]['test_accuracy']:.2f} % test accuracy")
+    if not record_path(path).exists():
+        write_record(path, make_record(run))
+
+def new_session(run, args):
+    """What the record tells about this start of a run."""
+    return {
+        "id": secrets.token_hex(8),
+        "first_epoch": len(run["epochs"]) + 1,
+        "plain": args.plain,
+        **machine(args.device),
+    }
+
 def start(args):
     """Begin a run, or continue that of args.out. Returns (model, run, checkpoint or None).
 
@@ -313,6 +342,8 @@ def start(args):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.resume and args.out.exists():
         model, checkpoint = load_checkpoint(args.out)
+        if args.amp == "auto":
+            args.amp = checkpoint["options"]["amp"]
         compare_options(args, checkpoint["options"])
         names = ["options", "fingerprint", "sessions", "epochs"]
         run = {name: checkpoint[name] for name in names}
@@ -334,8 +365,6 @@ def start(args):
 
 def compare_options(args, stored):
     """Raise UserError if the command line asks for another run than the stored one."""
-    if args.amp == "auto":
-        args.amp = stored["amp"]
     for name, value in stored.items():
         asked = getattr(args, name)
         if asked != value:
@@ -388,6 +417,7 @@ class TwoWeightsConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv, rng):
+        # On the meta device, because its own weight is replaced at once.
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
                          conv.padding, bias=False, device="meta")
         self.weight = conv.weight
@@ -462,31 +492,28 @@ def make_fast(step, model, optimizer, scaler, sizes):
     """The same step for batches of these sizes, as CUDA graphs of compiled blocks.
 
     sizes: [size, size of the last batch]. Leaves network, optimizer and scaler as they were. What
-    fails is reported and left out: first compilation, then graphs.
+    fails is reported and left out: first compilation, then graphs, too.
     """
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)   # five kinds of blocks, whatever the depth
     before = take_snapshot(model, optimizer, scaler)
+    fast_step = try_to_capture(step, sizes, "compiled blocks")
+    if fast_step is None:
+        torch.compiler.set_stance("force_eager")   # the blocks as they stand
+        fast_step = try_to_capture(step, sizes, "CUDA graphs")
+    restore_snapshot(before, model, optimizer, scaler)
+    return fast_step or step
+
+def try_to_capture(step, sizes, part):
+    """The step as CUDA graphs, or None if that fails, which is said to be the fault of `part`."""
     try:
         return capture_all(step, sizes)
     except Exception as error:   # whatever compilers and drivers raise
-        report_failure("compiled blocks", error)
-    finally:
-        restore_snapshot(before, model, optimizer, scaler)
-    torch.compiler.set_stance("force_eager")   # the blocks as they stand
-    try:
-        return capture_all(step, sizes)
-    except Exception as error:
-        report_failure("CUDA graphs", error)
-    finally:
-        restore_snapshot(before, model, optimizer, scaler)
-    return step
-
-def report_failure(part, error):
-    if is_out_of_memory(error):
-        raise error
-    log(f"{part} fail here, continuing without them ({one_line(error)})")
+        if is_out_of_memory(error):
+            raise
+        log(f"{part} fail here, continuing without them ({one_line(error)})")
+        return None
 
 def capture_all(step, sizes):
     """The step as one CUDA graph for each batch size, in one pool of memory."""
@@ -495,11 +522,12 @@ def capture_all(step, sizes):
     size, last_size = sizes
     # Both warm-ups come before both captures, because a capture can't use the memory of a warm-up.
     warm_up(step, size, stream)
-    with torch.compiler.set_stance("force_eager"):   # the last batch is not worth compiling for
-        warm_up(step, last_size, stream)
+    if last_size != size:
+        with torch.compiler.set_stance("force_eager"):   # one batch is not worth compiling for
+            warm_up(step, last_size, stream)
     replays = {size: capture(step, size, stream, pool)}
-    with torch.compiler.set_stance("force_eager"):
-        if last_size != size:
+    if last_size != size:
+        with torch.compiler.set_stance("force_eager"):
             replays[last_size] = capture(step, last_size, stream, pool)
 
     def replay(images, labels):
@@ -556,12 +584,9 @@ def restore_snapshot(snapshot, model, optimizer, scaler):
 
 FORMAT = 3
 
-def frozen_parameters(model):
-    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
-
 def changing_state(model):
     """The part of the network's state_dict that its seed doesn't give."""
-    state = model.state_dict()   # it holds the versions of its modules, too, for load_state_dict
+    state = model.state_dict()   # kept, because it also tells load_state_dict the modules' versions
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             del state[name]
@@ -603,11 +628,6 @@ def checkpoint_bytes(run, model, optimizer, scaler, rng):
         "rng": rng.get_state(),
     }, buffer)
     return buffer.getvalue()
-
-def require_own(path, run):
-    """Raise UserError if another process has gone on: two would overwrite each other."""
-    if last_writer(path) not in (None, run["sessions"][-1]["id"]):
-        raise UserError(f"{path} was continued by another process, to which this one leaves it")
 
 def make_record(run):
     """The record of a run: a dict of options, counts of parameters, sessions and epochs.
@@ -666,43 +686,6 @@ def write(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
-def claim(path, content):
-    """Create the file, so that of several runs with one name one goes on and the others end.
-
-    content: the checkpoint before the first epoch, from which --resume continues if this run is
-    killed before it has written anything else.
-    """
-    created = False
-    try:
-        if record_path(path).exists():
-            raise FileExistsError
-        with open(path, "xb") as file:
-            created = True
-            file.write(content)
-    except FileExistsError:
-        raise UserError(f"{path} or its record exists: add --resume to continue, choose another "
-                        "--out, or delete both", 2) from None
-    except OSError as error:
-        if created:
-            path.unlink()
-        raise UserError(f"{path} can't be written ({error.strerror})") from error
-
-def last_writer(path):
-    """The id of the last session in the record of a checkpoint, None if there is none."""
-    try:
-        return json.loads(record_path(path).read_bytes())["sessions"][-1]["id"]
-    except Exception:   # a file of this name that is no record belongs to nobody
-        return None
-
-def give_back(path, run):
-    """Remove the files of a run without an epoch, unless another process has gone on with it."""
-    writer = last_writer(path)
-    own = run["sessions"][-1]["id"]
-    if writer in (None, own):
-        path.unlink(missing_ok=True)
-    if writer == own:
-        record_path(path).unlink(missing_ok=True)
-
 def load_checkpoint(path):
     """Read a checkpoint from anyone without running code in it.
 
@@ -728,7 +711,7 @@ def load_checkpoint(path):
     except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:   # whatever a damaged file makes the readers raise
-        reason = one_line(error).split(". ")[0]
+        reason = one_line(error).split(". ")[0]   # PyTorch's goes on with advice
         raise UserError(f"{path} is not a valid checkpoint of train.py ({reason})") from None
     return model.eval(), checkpoint
 
@@ -763,7 +746,10 @@ def load_momentum(optimizer, checkpoint):
         state["momentum_buffer"].copy_(stored_state["momentum_buffer"])
 
 def check_options(stored):
-    """A file's options, checked as the command line is; an option that it lacks has its default."""
+    """A file's options, checked as the command line is. One that it lacks has its default.
+
+    Raises ValueError if one is invalid or unknown, or if "train" or "amp" is missing.
+    """
     require(set(stored) <= set(OPTIONS), f"unknown options {set(stored) - set(OPTIONS)}")
     parser = make_parser()
     options = {}
@@ -779,21 +765,55 @@ def check_epochs(epochs, options):
     require(numbers == list(range(1, len(epochs) + 1)), "epochs are missing")
     require(len(epochs) <= options["epochs"], "it has too many epochs")
 
-def count_parameters(model):
-    """How many parameters a network has: "all", in each group, and "trained" (that train)."""
-    counts = {"all": sum(p.numel() for p in parameters_of(model, PRESETS["all"]))}
-    for group in GROUPS:
-        counts[group] = sum(p.numel() for p in parameters_of(model, [group]))
-    counts["trained"] = sum(p.numel() for p in trained_parameters(model))
-    return counts
+# --- one name, one run
 
-def trained_parameters(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+# A process claims the name of a new run by creating the checkpoint. It marks the record with the id
+# of its session. Before it writes again, it looks whether another process has marked it since,
+# by --resume, and leaves the run to that one.
 
-def require(condition, text):
-    """Raise ValueError with this text unless the condition holds."""
-    if not condition:
-        raise ValueError(text)
+def claim(path, content):
+    """Create the checkpoint of a new run. Raises UserError if the name is taken.
+
+    content: the state before the first epoch, from which --resume continues if this process is
+    killed before it has written anything else.
+    """
+    taken = UserError(f"{path} or its record exists: add --resume to continue, choose another "
+                      "--out, or delete both", 2)
+    if os.path.exists(record_path(path)):   # Path.exists() raises an exception for a long name
+        raise taken
+    created = False
+    try:
+        with open(path, "xb") as file:
+            created = True
+            file.write(content)
+    except FileExistsError:
+        raise taken from None
+    except OSError as error:
+        if created:
+            path.unlink()
+        raise UserError(f"{path} can't be written ({error.strerror})") from error
+
+def last_writer(path):
+    """The id of the last session in the record of a checkpoint, None if there is none."""
+    try:
+        return json.loads(record_path(path).read_bytes())["sessions"][-1]["id"]
+    except Exception:   # a file of this name that is no record belongs to nobody
+        return None
+
+def require_own(path, run):
+    """Raise UserError if another process has gone on: two would overwrite each other."""
+    if last_writer(path) not in (None, run["sessions"][-1]["id"]):
+        raise UserError(f"{path} was continued by another process, to which this one leaves it")
+
+def give_back_if_empty(path, run):
+    """Remove the files of a run without an epoch, unless another process has gone on with it."""
+    writer = last_writer(path)
+    own = run["sessions"][-1]["id"]
+    if run["epochs"] or writer not in (None, own):
+        return
+    path.unlink(missing_ok=True)
+    if writer == own:
+        record_path(path).unlink(missing_ok=True)
 
 # --- files of data
 
@@ -921,7 +941,7 @@ def log(text, end="\n"):
 def one_line(error):
     """The first line of a message in printable characters: it may quote an untrusted file."""
     text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0][:300]
+    line = text.splitlines()[0][:1000]
     return "".join(c if c.isprintable() else "?" for c in line)
 
 def machine(device):
@@ -951,6 +971,7 @@ def commit():
     try:
         tracked = git("ls-files", "--error-unmatch", "train.py")
         if tracked.returncode == 0:
+            # The hash alone, without a tag, and "-dirty" if a tracked file has changed.
             described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
             return described.stdout.strip() or "unknown"
     except OSError:   # no git
@@ -1025,7 +1046,7 @@ def argument(parse):
     def parse_argument(text):
         try:
             return parse(text)
-        except Exception as error:   # of the devices that PyTorch knows, some raise anything
+        except Exception as error:   # PyTorch's devices raise errors of many types
             raise argparse.ArgumentTypeError(f"{text}: {one_line(error)}") from None
     return parse_argument
 
@@ -1121,10 +1142,14 @@ def default_out(args):
     return f"runs/{'-'.join(words)}.pt"
 
 def is_out_of_memory(error):
-    """Whether an exception says that memory did not suffice, in one of PyTorch's ways to say it."""
-    if isinstance(error, MemoryError):
-        return True
-    return re.search("out of memory|alloc.* memory|ALLOC_FAILED", str(error)) is not None
+    """Whether an exception says that memory did not suffice."""
+    words = [
+        "out of memory",           # CUDA
+        "can't allocate memory",   # the CPU, on Linux and macOS
+        "not enough memory",       # the CPU, on Windows
+        "ALLOC_FAILED",            # cuBLAS and cuDNN
+    ]
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 def run_cli(main, stopped="stopped"):
     """Call main(), with errors that users meet as one line on stderr and an exit status."""
