@@ -379,7 +379,7 @@ LOOKS = {
     "bn": ("#3A8FD0", "only BatchNorm"),
     "wide": ("#CC79A7", "only BatchNorm, wider"),
     "all": ("#D55E00", "everything"),
-    "random": ("#009E73", "two random weights per channel"),
+    "random": ("#009E73", "two weights per channel"),
 }
 SETTINGS = {
     "axes.edgecolor": "gray",
