@@ -80,7 +80,7 @@ def variant_of(options):
     """What trains, and how else a run differs from the recipe, such as "bn, layer, lr 0.03"."""
     words = [options["train"]] + changed(options, ["norm", "bn_init", "weight_init"])
     if options["lr"] != RECIPE["lr"]:
-        words.append(f"lr {options['lr']:g}")
+        words.append(f"lr {options['lr']}")
     return ", ".join(words)
 
 def changed(options, names):
@@ -228,7 +228,7 @@ def print_normalizations(runs):
         trains = ", ".join(words)
         if arch in archs and (norm != "batch" or trains == "bn"):
             small = [row["pruned"] for row in prune_rows(records, 0.01)]
-            rows.append([arch, norm, f"{options['lr']:g}", trains, spread(accuracies(records)),
+            rows.append([arch, norm, str(options["lr"]), trains, spread(accuracies(records)),
                          spread(small), spread(disabled(records, "all"))])
     header = ["network", "norm", "learning rate", "what trains", "accuracy",
               "gammas below 0.01 (%)", "disabled features (%)"]

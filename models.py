@@ -131,10 +131,11 @@ def gammas_and_betas(model):
     """
     layers = []
     for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
         if isinstance(module, WeightNormConv2d):
             layers.append((name, module.gain, module.bias))
-        elif hasattr(module, "weight") and module.weight.dim() == 1:
-            layers.append((name, module.weight, module.bias))
+        elif weight is not None and weight.dim() == 1:
+            layers.append((name, weight, module.bias))
     return layers
 
 # --- initial values

@@ -5,6 +5,8 @@ Set CIFAR10_DIR to the folder that holds cifar-10-batches-py to run the tests on
 import concurrent.futures
 import errno
 import hashlib
+import http.client
+import io
 import itertools
 import json
 import math
@@ -505,6 +507,12 @@ def test_folder_that_cannot_be_written_is_one_line(cifar10, tmp_path, monkeypatc
     """As a read-only folder without the batches."""
     monkeypatch.setattr(pathlib.Path, "mkdir", raising(PermissionError(13, "Permission denied")))
     with pytest.raises(train.UserError, match=r"no intact CIFAR-10 in .*Permission denied.*fetch"):
+        train.load_data("cifar10", tmp_path, 0)
+
+def test_host_that_answers_rubbish_is_one_line(cifar10, tmp_path, monkeypatch):
+    """As the login page of a hotel's network."""
+    monkeypatch.setattr("urllib.request.urlopen", raising(http.client.BadStatusLine("rubbish")))
+    with pytest.raises(train.UserError, match="no intact CIFAR-10 in .*rubbish.*fetch"):
         train.load_data("cifar10", tmp_path, 0)
 
 @pytest.mark.parametrize("batches, data_dir", [
@@ -1298,7 +1306,7 @@ def test_torchrun_of_several_processes_is_refused(tiny, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     line = error_of(capsys, 2, train, *SMALL)
-    assert line.startswith("train.py: error: torchrun: a process trains one network")
+    assert line.startswith("train.py: error: torchrun is not for this: a process trains one network")
     assert list(pathlib.Path().iterdir()) == []
 
 def test_torchrun_of_one_process_is_an_ordinary_run(tiny, monkeypatch):
@@ -1618,7 +1626,7 @@ def test_second_start_leaves_a_run_alone(tiny, monkeypatch, capsys):
     """Of two starts with one --out the second ends, even before the first has an epoch."""
     def start_again():
         before = files_here()
-        assert "a.pt or its record exists: add --resume" in error_of(capsys, 2, train, *TO_A)
+        assert "a.pt exists: continue it by --resume" in error_of(capsys, 2, train, *TO_A)
         assert files_here() == before
 
     call_before_step(monkeypatch, 1, start_again)
@@ -1639,11 +1647,24 @@ def test_one_of_many_claims_succeeds(tmp_path):
             path = tmp_path / f"{i}.pt"
             assert sum(pool.map(claims, [path] * 8)) == 1
 
+def test_interrupted_claim_leaves_no_file(tmp_path, monkeypatch):
+    """A half-written checkpoint could neither be resumed nor begun again."""
+    class Interrupted(io.FileIO):
+        def write(self, content):
+            super().write(content[:2])
+            raise KeyboardInterrupt
+
+    path = tmp_path / "a.pt"
+    monkeypatch.setattr(train, "open", Interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        train.claim(path, b"content")
+    assert list(tmp_path.iterdir()) == []
+
 def test_record_without_its_checkpoint_is_kept(checkpoint, finished_run, capsys):
     """With --resume, too."""
     checkpoint.unlink()
     for words in (TO_A, TO_A + ["--resume"]):
-        assert "a.pt or its record exists" in error_of(capsys, 2, train, *words)
+        assert "a.json exists without its checkpoint" in error_of(capsys, 2, train, *words)
     assert files_here() == {"a.json": finished_run["a.json"]}
 
 @pytest.mark.parametrize("function, error", [
@@ -1988,7 +2009,7 @@ def test_prune_leaves_the_record_of_another_run(checkpoint, capsys):
     ("--device cuda:99", 2, "argument --device: cuda:99: "),
     ("--device tpu", 2, "argument --device: tpu: "),
     ("--out a.pt/x.pt", 1, "File exists: 'a.pt'"),
-    ("", 2, "a.pt or its record exists: add --resume"),
+    ("", 2, "a.pt exists: continue it by --resume"),
     ("--batch-size 9 --lr 1e30 --out b.pt", 1, "diverged: .* in epoch 1, .* --lr"),
     ("--resume --epochs 8", 2, "a.pt is a run with epochs 3, not 8"),
     ("--resume --seed 1", 2, "seed 0, not 1"),
@@ -2117,6 +2138,16 @@ def test_full_output_does_not_end_training(tiny, monkeypatch, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("output is lost from here on: ")
     assert train.read_record(pathlib.Path("a.json"))["epochs"] == epochs_of("a.pt")
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_loss_of_both_outputs_does_not_end_training(tiny, monkeypatch):
+    """As when a terminal goes away."""
+    with open("/dev/full", "w") as stdout, open("/dev/full", "w") as stderr:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            patch.setattr(sys, "stderr", stderr)
+            assert run_script(train, *TO_A) == 0
+    assert len(epochs_of("a.pt")) == 3
 
 def test_printed_commands_run_in_another_folder(tiny, capsys):
     """They are quoted for the shell, and name the scripts by their whole path."""

@@ -9,6 +9,7 @@ run (x.json), which prune.py and analyze.py read.
 import argparse
 import datetime
 import functools
+import http.client
 import io
 import json
 import math
@@ -674,7 +675,7 @@ def read_record(path):
 
 def write(path, content):
     """Write bytes so that `path` holds the old content or the new, even after a power cut."""
-    temporary = path.with_name(f"{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f"{path.stem[:50]}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -696,7 +697,7 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive:   # torch.load does not look at the checksums
             require(archive.testzip() is None, "its checksums do not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        require(checkpoint["format"] == FORMAT,
+        require(checkpoint.get("format") == FORMAT,
                 f"this code reads format {FORMAT}: use the release that wrote it")
         options = check_options(checkpoint["options"])
         checkpoint["options"] = options
@@ -777,20 +778,21 @@ def claim(path, content):
     content: the state before the first epoch, from which --resume continues if this process is
     killed before it has written anything else.
     """
-    taken = UserError(f"{path} or its record exists: add --resume to continue, choose another "
-                      "--out, or delete both", 2)
-    if os.path.exists(record_path(path)):   # Path.exists() raises an exception for a long name
-        raise taken
-    created = False
+    advice = "choose another --out, or delete it"
+    record = record_path(path)
+    if os.path.exists(record) and not path.exists():   # Path.exists() fails on a name too long
+        raise UserError(f"{record} exists without its checkpoint: {advice}", 2)
     try:
         with open(path, "xb") as file:
-            created = True
-            file.write(content)
+            try:
+                file.write(content)
+                file.flush()
+            except BaseException:   # a full disk, an interrupt
+                path.unlink()
+                raise
     except FileExistsError:
-        raise taken from None
+        raise UserError(f"{path} exists: continue it by --resume, {advice}", 2) from None
     except OSError as error:
-        if created:
-            path.unlink()
         raise UserError(f"{path} can't be written ({error.strerror})") from error
 
 def last_writer(path):
@@ -858,7 +860,7 @@ def fetch_batches(data_dir, folder):
                                          dataset.tgz_md5)
             for file in pathlib.Path(private, dataset.base_folder).iterdir():
                 os.replace(file, folder / file.name)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
             f"no intact CIFAR-10 in {data_dir}, and it can't be put there ({one_line(error)}): "
             f"fetch {dataset.url} by other means, unpack it (tar -xzf), and give its folder as "
@@ -934,9 +936,20 @@ def log(text, end="\n"):
     try:
         print(text, end=end, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         if not isinstance(error, BrokenPipeError):   # not as in `train.py | head`
-            print(f"output is lost from here on: {error}", file=sys.stderr)
+            log_error(f"output is lost from here on: {error}")
+
+def log_error(text):
+    """Print to stderr, if that can be written."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+def discard(stream):
+    """Send to nowhere whatever else is printed to a stream that can't be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 def one_line(error):
     """The first line of a message in printable characters: it may quote an untrusted file."""
@@ -1122,8 +1135,8 @@ def parse_command_line():
     args.out = pathlib.Path(args.out)
     if os.path.islink(args.out):   # is_symlink() raises an exception if the name is too long
         args.out = args.out.resolve()   # a link stays a link
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
-        parser.error("torchrun: a process trains one network; start one for each seed (README.md)")
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("torchrun is not for this: a process trains one network, see README.md", 2)
     return args
 
 def default_out(args):
@@ -1137,7 +1150,7 @@ def default_out(args):
     if args.weight_init != "kaiming_normal":
         words.append(args.weight_init)
     if args.lr != 0.1:
-        words.append(f"lr{args.lr:g}")
+        words.append(f"lr{args.lr}")
     words.append(f"s{args.seed}")
     return f"runs/{'-'.join(words)}.pt"
 
@@ -1169,7 +1182,7 @@ def run_cli(main, stopped="stopped"):
             text += "; try a smaller batch or network"
         elif isinstance(error, RuntimeError):
             raise
-    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}", file=sys.stderr)
+    log_error(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}")
     sys.exit(status)
 
 def require_torch():
