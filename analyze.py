@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from models import empty_model, gammas_and_betas, parse_arch
-from prune import THRESHOLDS, add_to_record, gammas, load_for_test
-from train import (OPTIONS, UserError, add_device_arguments, count_parameters, evaluate, freeze,
-                   load_checkpoint, log, make_parser, one_line, read_record, run_cli)
+from prune import THRESHOLDS, add_to_record, gammas, prepare_test
+from train import (OPTIONS, UserError, add_device_arguments, count_parameters, differences,
+                   evaluate, freeze, load_checkpoint, log, make_parser, one_line, read_record,
+                   run_cli)
 
 INTRODUCTION = """# Results
 
@@ -78,14 +79,10 @@ def check_recipe(options):
 
 def variant_of(options):
     """What trains, and how else a run differs from the recipe, such as "bn, layer, lr 0.03"."""
-    words = [options["train"]] + changed(options, ["norm", "bn_init", "weight_init"])
-    if options["lr"] != RECIPE["lr"]:
-        words.append(f"lr {options['lr']}")
+    words = [options["train"]]
+    for name, value in differences(options).items():
+        words.append(f"lr {value}" if name == "lr" else value)
     return ", ".join(words)
-
-def changed(options, names):
-    """The values of those of these options that are not the recipe's."""
-    return [options[name] for name in names if options[name] != RECIPE[name]]
 
 def record_order(record):
     """What records are sorted by."""
@@ -224,8 +221,10 @@ def print_normalizations(runs):
     for (arch, _), records in runs.items():
         options = options_of(records)
         norm = options["norm"]
-        words = [options["train"]] + changed(options, ["bn_init", "weight_init"])
-        trains = ", ".join(words)
+        others = differences(options)
+        others.pop("norm", None)   # these two have columns of their own
+        others.pop("lr", None)
+        trains = ", ".join([options["train"], *others.values()])
         if arch in archs and (norm != "batch" or trains == "bn"):
             small = [row["pruned"] for row in prune_rows(records, 0.01)]
             rows.append([arch, norm, str(options["lr"]), trains, spread(accuracies(records)),
@@ -288,9 +287,11 @@ def sessions_with_epochs(record):
             if session["first_epoch"] < next_epoch]
 
 def short_commit(commit):
-    """Seven of the forty digits of a commit, and "-dirty" if that follows; or "unknown"."""
+    """Seven of the forty digits of a commit, and "-dirty" if that follows."""
     if commit is None:
         return "not in git"
+    if commit == "unknown":
+        return commit
     return commit[:7] + commit[40:]
 
 def print_left_out(left_out):
@@ -311,7 +312,7 @@ def print_network(path, args):
     print_histogram("Distribution of gamma", gammas(model).numpy())
     print_histogram("Distribution of beta", torch.cat(betas).numpy())
     if args.activations:
-        print_activations(path, args)
+        print_activations(path, model, checkpoint, args)
 
 def print_histogram(title, values):
     """A line for each bin of 0.05; the middle one is centred at 0, so that a spike there shows."""
@@ -324,9 +325,9 @@ def print_histogram(title, values):
     beyond = 100 - 100 * counts.sum() / len(values)
     log(f"beyond{beyond:6.2f} %\n```")
 
-def print_activations(path, args):
+def print_activations(path, model, checkpoint, args):
     """Measure how often the ReLUs fire, print it, and add it to the record of the run."""
-    model, checkpoint, images, labels, amp = load_for_test(path, args)
+    images, labels, amp = prepare_test(model, checkpoint, args)
     table = relu_table(model, images, labels, amp)
     add_to_record(path, checkpoint, "activations", table)
     rows = []
@@ -486,7 +487,10 @@ def published_number(text):
     return sum(ends) / len(ends)
 
 def drawn_archs(runs):
-    """The networks of all figures but the first: those of which BatchNorm alone was trained."""
+    """The networks of all figures but the first: those of which BatchNorm alone was trained.
+
+    If there is none, resnet14, because a figure needs a panel.
+    """
     return [arch for arch in DEEP if (arch, "bn") in runs] or ["resnet14"]
 
 def drawn_runs(runs):

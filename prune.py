@@ -50,18 +50,14 @@ def prune_table(model, images, labels, amp, thresholds):
         })
     return rows
 
-def load_for_test(path, args):
-    """A checkpoint ready to evaluate on args.device.
-
-    Returns (model, content of the checkpoint, test images, test labels, amp).
-    """
-    model, checkpoint = load_checkpoint(path)
+def prepare_test(model, checkpoint, args):
+    """Move a network to args.device. Returns the test images, their labels, and the precision."""
     options = checkpoint["options"]
     amp = evaluation_amp(options["amp"], args.device)
     set_full_fp32()
     model.to(args.device, memory_format=torch.channels_last)
     _, (images, labels) = load_data(options["dataset"], args.data_dir, options["seed"])
-    return model, checkpoint, images.to(args.device), labels.to(args.device), amp
+    return images.to(args.device), labels.to(args.device), amp
 
 def add_to_record(path, checkpoint, name, table):
     """Add a table to the record beside a checkpoint, if that is of this run and lacks the table."""
@@ -75,7 +71,7 @@ def add_to_record(path, checkpoint, name, table):
         if name not in record:
             write_record(path, {**record, name: table})
             log(f"added to {record_file}")
-    except UserError as error:   # the table is still printed
+    except (UserError, OSError) as error:   # the table is still printed
         log(f"not added to the record: {error}")
 
 def main():
@@ -88,7 +84,8 @@ def main():
     add_device_arguments(parser)
     args = parser.parse_args()
     for path in args.checkpoints:
-        model, checkpoint, images, labels, amp = load_for_test(path, args)
+        model, checkpoint = load_checkpoint(path)
+        images, labels, amp = prepare_test(model, checkpoint, args)
         rows = prune_table(model, images, labels, amp, args.thresholds)
         if args.thresholds == THRESHOLDS:
             add_to_record(path, checkpoint, "prune", rows)

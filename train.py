@@ -157,13 +157,17 @@ def parameters_of(model, groups):
                 parameters.append(parameter)
     return parameters
 
-def freeze(model, train, seed):
-    """Let only the parameters require gradients that --train names. The seed is for "random"."""
+def freeze(model, trains, seed):
+    """Let only those parameters require gradients that `trains`, a --train value, names.
+
+    "random" replaces the convolutions by ones of which two weights per channel train; the seed
+    chooses them.
+    """
     model.requires_grad_(False)
-    if train == "random":
+    if trains == "random":
         train_two_weights_per_channel(model, seed)
         return
-    for parameter in parameters_of(model, PRESETS.get(train, train.split("+"))):
+    for parameter in parameters_of(model, PRESETS.get(trains, trains.split("+"))):
         parameter.requires_grad_(True)
 
 def build(options):
@@ -338,7 +342,8 @@ def new_session(run, args):
 def start(args):
     """Begin a run, or continue that of args.out. Returns (model, run, checkpoint or None).
 
-    run: what its record tells, see make_record; its "epochs" grow. Resolves args.amp.
+    run: a dict of "options", "parameters" (counts), "fingerprint" (of the frozen weights),
+    "sessions" and "epochs", which grow. Sets args.amp if it is "auto".
     """
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.resume and args.out.exists():
@@ -614,8 +619,8 @@ def save(path, run, model, optimizer, scaler, rng):
 def checkpoint_bytes(run, model, optimizer, scaler, rng):
     """What a checkpoint holds, as the bytes of the file."""
     state = changing_state(model)
-    for name, tensor in state.items():
-        state[name] = tensor.cpu()   # so that every machine loads them
+    for name, tensor in state.items():   # in place, so that it stays a state_dict
+        state[name] = tensor.cpu()
     buffer = io.BytesIO()
     torch.save({
         "format": FORMAT,
@@ -651,9 +656,15 @@ def record_path(checkpoint):
     return pathlib.Path(checkpoint).resolve().with_suffix(".json")
 
 def write_record(checkpoint, record):
-    """Write the record of a checkpoint as JSON, with a line for each epoch."""
-    text = json.dumps(record).replace("}, {", "},\n {")
-    write(record_path(checkpoint), (text + "\n").encode())
+    """Write the record of a checkpoint as JSON, with a line for each entry and each epoch."""
+    entries = []
+    for name, value in record.items():
+        text = json.dumps(value)
+        if name == "epochs":
+            text = "[\n " + ",\n ".join(json.dumps(epoch) for epoch in value) + "\n]"
+        entries.append(f"{json.dumps(name)}: {text}")
+    content = "{" + ",\n".join(entries) + "}\n"
+    write(record_path(checkpoint), content.encode())
 
 def read_record(path):
     """The record of a finished run, see make_record. Raises UserError if the file is none."""
@@ -712,6 +723,8 @@ def load_checkpoint(path):
     except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:   # whatever a damaged file makes the readers raise
+        if is_out_of_memory(error):
+            raise
         reason = one_line(error).split(". ")[0]   # PyTorch's goes on with advice
         raise UserError(f"{path} is not a valid checkpoint of train.py ({reason})") from None
     return model.eval(), checkpoint
@@ -749,16 +762,18 @@ def load_momentum(optimizer, checkpoint):
 def check_options(stored):
     """A file's options, checked as the command line is. One that it lacks has its default.
 
-    Raises ValueError if one is invalid or unknown, or if "train" or "amp" is missing.
+    Raises ValueError if one is invalid or unknown, or if "train" or "amp", which have no default
+    that could be stored, is missing.
     """
     require(set(stored) <= set(OPTIONS), f"unknown options {set(stored) - set(OPTIONS)}")
+    require("train" in stored and stored.get("amp", "auto") != "auto", "it lacks train or amp")
     parser = make_parser()
     options = {}
     for name, parse in OPTIONS.items():
         value = stored.get(name, parser.get_default(name))
-        require(parse(str(value)) == value, f"its {name} is {value!r}")
+        # What train.py stores is what it reads from the same text, so "3" or 3.0 is not 3.
+        require(repr(parse(str(value))) == repr(value), f"its {name} is {value!r}")
         options[name] = value
-    require(options["amp"] != "auto", "its amp is auto")
     return options
 
 def check_epochs(epochs, options):
@@ -901,7 +916,10 @@ def synthetic_data(seed):
 # --- benchmark
 
 def benchmark(args):
-    """Time args.benchmark steps on noise, after five more, and estimate how long a run takes."""
+    """Time args.benchmark steps on noise, after five more, and estimate how long a run takes.
+
+    Without augmentation and evaluation, which take a few percent.
+    """
     if args.amp == "auto":
         args.amp = default_amp(args.device)
     size = args.batch_size
@@ -983,14 +1001,15 @@ def commit():
 
     try:
         tracked = git("ls-files", "--error-unmatch", "train.py")
-        if tracked.returncode == 0:
-            # The hash alone, without a tag, and "-dirty" if a tracked file has changed.
-            described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-            return described.stdout.strip() or "unknown"
-    except OSError:   # no git
+    except OSError:   # git is not installed
         return "unknown"
-    untracked = tracked.returncode == 1 or "not a git repository" in tracked.stderr
-    return None if untracked else "unknown"
+    if tracked.returncode == 0:
+        # The hash alone, without a tag, and "-dirty" if a tracked file has changed.
+        described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        return described.stdout.strip() or "unknown"
+    if tracked.returncode == 1 or "not a git repository" in tracked.stderr:
+        return None
+    return "unknown"   # such as for files of another owner
 
 # --- command line
 
@@ -1092,7 +1111,7 @@ def make_parser():
                             help=f"{help} (default: {default})")
 
     add("arch", "resnet14", "NAME", "resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
-    group = parser.add_mutually_exclusive_group()
+    group = parser.add_mutually_exclusive_group()   # with None as default, to notice both
     group.add_argument("--train", type=argument(parse_train), metavar="GROUPS",
                        help=f"what trains: {', '.join(PRESETS)}, random, or some of "
                             f"{', '.join(GROUPS)} joined by + (default: all)")
@@ -1108,7 +1127,8 @@ def make_parser():
     add("batch_size", 128, "N", "images per step")
     add("lr", 0.1, "X", "initial learning rate of SGD with momentum 0.9")
     add("weight_decay", 1e-4, "X", "L2 penalty on whatever trains")
-    add("amp", "auto", "NAME", "bf16, fp16, off, or auto: bf16 on CUDA if it has it, off elsewhere")
+    add("amp", "auto", "NAME", "bf16, fp16, off, or auto: bf16 on CUDA (fp16 if the GPU is older), "
+        "off elsewhere")
     parser.add_argument("--plain", action="store_true",
                         help="no channels_last, fused optimizer, compilation, CUDA graphs")
     parser.add_argument("--benchmark", type=argument(number(int, 1, 1_000_000)), nargs="?",
@@ -1127,7 +1147,8 @@ def parse_command_line():
     if args.train is None:
         args.train = "all"
     if args.device.type == "mps":
-        args.plain = True   # channels_last gives wrong gradients there: pytorch#175189
+        # channels_last gives wrong gradients there (pytorch#175189); evaluation needs none.
+        args.plain = True
     if args.out is None:
         args.out = default_out(args)
     if not args.out.endswith(".pt"):
@@ -1140,19 +1161,21 @@ def parse_command_line():
     return args
 
 def default_out(args):
-    """runs/<arch>-<train>-s<seed>.pt; norm, initial values and rate stand before the seed unless
-    they are the defaults."""
+    """runs/<arch>-<train>-s<seed>.pt; before the seed stands what else differs from the recipe."""
     words = [args.arch, args.train]
-    if args.norm != "batch":
-        words.append(args.norm)
-    if args.bn_init != "uniform":
-        words.append(args.bn_init)
-    if args.weight_init != "kaiming_normal":
-        words.append(args.weight_init)
-    if args.lr != 0.1:
-        words.append(f"lr{args.lr}")
+    for name, value in differences(vars(args)).items():
+        words.append(f"lr{value}" if name == "lr" else value)
     words.append(f"s{args.seed}")
     return f"runs/{'-'.join(words)}.pt"
+
+def differences(options):
+    """Those options that make a run a variant of its own, where they are not the recipe's."""
+    parser = make_parser()
+    differing = {}
+    for name in ("norm", "bn_init", "weight_init", "lr"):
+        if options[name] != parser.get_default(name):
+            differing[name] = options[name]
+    return differing
 
 def is_out_of_memory(error):
     """Whether an exception says that memory did not suffice."""
@@ -1164,24 +1187,26 @@ def is_out_of_memory(error):
     ]
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
-def run_cli(main, stopped="stopped"):
+def run_cli(main, on_interrupt="stopped"):
     """Call main(), with errors that users meet as one line on stderr and an exit status."""
     make_output_safe()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 1
     try:
         require_torch()
-        return main()
+        main()
     except UserError as error:
-        text, status = str(error), error.status
+        stop(str(error), error.status)
     except KeyboardInterrupt:
-        text = stopped
+        stop(on_interrupt)
     except (OSError, MemoryError, RuntimeError) as error:
-        text = one_line(error)
         if is_out_of_memory(error):
-            text += "; try a smaller batch or network"
-        elif isinstance(error, RuntimeError):
+            stop(f"{one_line(error)}; try a smaller batch or network")
+        if isinstance(error, RuntimeError):   # a fault of the program: with a traceback
             raise
+        stop(one_line(error))
+
+def stop(text, status=1):
+    """End with one line on stderr."""
     log_error(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}")
     sys.exit(status)
 
