@@ -128,14 +128,17 @@ def disabled(records, kind):
 
 # --- tables
 
-def print_table(title, header, rows):
-    """Print cells of text as an aligned Markdown table, or nothing if there is no row."""
+def print_table(title, alignment, header, rows):
+    """Print cells of text as an aligned Markdown table, or nothing if there is no row.
+
+    alignment: a letter for each column, l for left and r for right.
+    """
     if not rows:
         return
     columns = []
-    for cells in zip(header, *rows):
+    for letter, *cells in zip(alignment, header, *rows):
         width = max(3, *[len(cell) for cell in cells])
-        if all(is_number(cell) for cell in cells[1:]):
+        if letter == "r":
             column = [cell.rjust(width) for cell in cells]
             column.insert(1, "-" * (width - 1) + ":")
         else:
@@ -145,10 +148,6 @@ def print_table(title, header, rows):
     log(f"\n## {title}\n")
     for cells in zip(*columns):
         log(f"| {' | '.join(cells)} |")
-
-def is_number(cell):
-    """Whether a cell begins like a number, or stands for one that is missing."""
-    return cell == "" or cell[0] in "+-~0123456789"
 
 def spread(values):
     """Mean and sample standard deviation over n seeds as text, "-" if nothing was measured."""
@@ -179,7 +178,7 @@ def print_networks(title, archs, runs, published):
             ours = spread(accuracies(runs.get((arch, variant), [])))
             row += [ours, theirs["paper"], theirs["reproduction"]]
         rows.append(row)
-    print_table(title, header, rows)
+    print_table(title, "lrrrrrrrr", header, rows)
 
 @functools.cache   # because resnet866 has thousands of modules
 def counts_of(arch):
@@ -209,7 +208,7 @@ def print_what_trains(runs, published):
         ours = spread(accuracies(records))
         rows.append([arch, variant, f"{counts['trained']:,}", ours, theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
-    print_table("What trains", header, rows)
+    print_table("What trains", "llrrr", header, rows)
 
 def print_normalizations(runs):
     """Runs with other normalizations, and those of the same networks that train BatchNorm alone."""
@@ -231,7 +230,7 @@ def print_normalizations(runs):
                          spread(small), spread(disabled(records, "all"))])
     header = ["network", "norm", "learning rate", "what trains", "accuracy",
               "gammas below 0.01 (%)", "disabled features (%)"]
-    print_table("Other normalizations", header, rows)
+    print_table("Other normalizations", "llrlrrr", header, rows)
 
 def print_disabled(runs):
     rows = []
@@ -239,7 +238,8 @@ def print_disabled(runs):
         cells = [spread(disabled(records, kind)) for kind in RELUS]
         if any(cell != "-" for cell in cells):
             rows.append([arch, variant, *cells])
-    print_table("Disabled features (%), by their ReLU", ["network", "what trains", *RELUS], rows)
+    header = ["network", "what trains", *RELUS]
+    print_table("Disabled features (%), by their ReLU", "llrrr", header, rows)
 
 def print_pruning(runs):
     """Means over the n records that have a table "prune"."""
@@ -253,7 +253,7 @@ def print_pruning(runs):
     title = ("Gammas below a threshold set to zero: "
              "change of accuracy in points (share of gammas, %)")
     header = ["network", "what trains", "n", *(f"< {threshold:g}" for threshold in thresholds)]
-    print_table(title, header, rows)
+    print_table(title, "llr" + "r" * len(thresholds), header, rows)
 
 def pruning_cell(rows):
     if not rows:
@@ -276,7 +276,7 @@ def print_runs(runs):
                 about_run = [""] * len(about_run)
     header = ["network", "what trains", "--seed", "--amp", "accuracy", "hours",
               "from epoch", "hardware", "torch", "commit"]
-    print_table("Runs", header, rows)
+    print_table("Runs", "llrlrrrlll", header, rows)
 
 def sessions_with_epochs(record):
     """The sessions of a run but those that ended before their first epoch did."""
@@ -295,7 +295,7 @@ def short_commit(commit):
     return commit[:7] + commit[40:]
 
 def print_left_out(left_out):
-    print_table("Left out", ["file", "reason"], left_out)
+    print_table("Left out", "ll", ["file", "reason"], left_out)
 
 # --- one network
 
@@ -334,7 +334,8 @@ def print_activations(path, model, checkpoint, args):
     for row in table:
         percentages = [f"{row['fires']:.2f}", f"{row['disabled']:.2f}"]
         rows.append([row["relu"], str(row["features"]), *percentages])
-    print_table("ReLUs on the test images (%)", ["ReLU", "features", "fires", "disabled"], rows)
+    header = ["ReLU", "features", "fires", "disabled"]
+    print_table("ReLUs on the test images (%)", "lrrr", header, rows)
 
 def relu_table(model, images, labels, amp):
     """How often the features of each kind of ReLU fire, over all test images and positions.
@@ -448,11 +449,11 @@ def draw_accuracy(runs, published):
     figure, [ax] = new_figure("BatchNorm parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    draw_our_accuracy(ax, runs, DEEP, "bn", "bn")
-    draw_paper_accuracy(ax, published, DEEP, "bn", offset=(-6, 3), side="right")
-    draw_our_accuracy(ax, runs, WIDE, "bn", "wide")
-    draw_paper_accuracy(ax, published, WIDE, "wide", offset=(6, -8), side="left")
-    draw_our_accuracy(ax, runs, DEEP, "random", "random")
+    draw_our_accuracy(ax, runs, DEEP, variant="bn", look="bn")
+    draw_paper_accuracy(ax, published, DEEP, look="bn", offset=(-6, 3), side="right")
+    draw_our_accuracy(ax, runs, WIDE, variant="bn", look="wide")
+    draw_paper_accuracy(ax, published, WIDE, look="wide", offset=(6, -8), side="left")
+    draw_our_accuracy(ax, runs, DEEP, variant="random", look="random")
     return figure
 
 def draw_our_accuracy(ax, runs, archs, variant, look):
