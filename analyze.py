@@ -187,8 +187,8 @@ def counts_of(arch):
 def print_what_trains(runs, published):
     """A row for each network and what was trained of it, with BatchNorm.
 
-    The paper's rows without a run of ours are those of the networks that have any run but "bn" and
-    "all", which the tables above show.
+    Where we have another run of a network than "bn" and "all", the other rows of the paper's figure
+    are added for that network.
     """
     keys = [key for key in runs if options_of(runs[key])["norm"] == "batch"]
     archs = {arch for arch, variant in keys if variant not in ("bn", "all")}
@@ -583,6 +583,8 @@ def parse_command_line():
     args.results = pathlib.Path(args.results)
     if args.activations and not args.checkpoints:
         parser.error("--activations needs checkpoints")
+    if args.plot is not None and args.checkpoints:
+        parser.error("--plot draws the records in --results, not checkpoints")
     if not args.checkpoints and not args.results.is_dir():
         parser.error(f"argument --results: {args.results}: not a folder")
     return args

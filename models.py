@@ -235,7 +235,7 @@ def batch_norm(c):
     norm.num_batches_tracked = None   # nothing reads this counter, which costs a kernel per layer
     return norm
 
-class GroupNorm(nn.GroupNorm):
+class ContiguousGroupNorm(nn.GroupNorm):
     """nn.GroupNorm in the default layout: the CPU kernel of torch 2.13 for channels_last is slow,
     and crashes in the stem."""
 
@@ -244,15 +244,15 @@ class GroupNorm(nn.GroupNorm):
 
 def layer_norm(c):
     """Statistics over all features of an image (arXiv 1607.06450)."""
-    return GroupNorm(1, c)
+    return ContiguousGroupNorm(1, c)
 
 def instance_norm(c):
     """Statistics of each feature of an image (arXiv 1607.08022)."""
-    return GroupNorm(c, c)
+    return ContiguousGroupNorm(c, c)
 
 def group_norm(c):
     """Statistics over each of eight groups of features of an image (arXiv 1803.08494)."""
-    return GroupNorm(8, c)
+    return ContiguousGroupNorm(8, c)
 
 class SwitchNorm2d(nn.BatchNorm2d):
     """Switchable normalization of (B, C, H, W) (arXiv 1806.10779).
@@ -277,7 +277,7 @@ class SwitchNorm2d(nn.BatchNorm2d):
             mean_bn = mean_in.mean(0, keepdim=True)                 # (1, C, 1, 1)
             var_bn = variance(mean_bn, square_in.mean(0, keepdim=True))
             self.running_mean.lerp_(mean_bn.detach().flatten(), 0.1)
-            self.running_var.lerp_(var_bn.detach().flatten(), 0.1)   # BatchNorm's is unbiased
+            self.running_var.lerp_(var_bn.detach().flatten(), 0.1)   # biased, unlike BatchNorm's
         else:
             mean_bn = self.running_mean[:, None, None]
             var_bn = self.running_var[:, None, None]

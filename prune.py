@@ -20,7 +20,9 @@ THRESHOLDS = [0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
 
 def gammas(model):
     """All gammas of a network as one vector on the CPU, in the order of its layers."""
-    vectors = [gamma.detach().flatten() for _, gamma, _ in gammas_and_betas(model)]
+    vectors = [gamma.detach() for _, gamma, _ in gammas_and_betas(model)]
+    if not vectors:
+        raise UserError("this network has no gammas")
     return torch.cat(vectors).cpu()
 
 @torch.no_grad()

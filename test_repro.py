@@ -1803,7 +1803,7 @@ BAD_OPTIONS = [
     (["options", "epochs"], 0, "not in 1"),
     (["options", "lr"], math.nan, "not in"),
     (["options", "norm"], "other", "not one of batch"),
-    (["options", "train"], "gamma+beta", "its train is 'gamma.beta'"),
+    (["options", "train"], "gamma+beta", r"its train is 'gamma\+beta'"),
     (["options", "arch"], "vgg16", "resnet<depth>"),
     (["options", "amp"], "auto", "it lacks train or amp"),
 ]
@@ -1816,6 +1816,7 @@ DAMAGES = BAD_OPTIONS + [
     (["model", "x"], torch.ones(8), "its tensors are not those of resnet8"),
     (["optimizer", "state", 0, "momentum_buffer"], torch.ones(8), "its momentum is of another"),
     (["epochs", 0, "epoch"], 2, "epochs are missing"),
+    (["epochs", 0, "test_accuracy"], None, "an epoch's test_accuracy is no number"),
     (["options", "epochs"], 2, "it has too many epochs"),
     (["options", "arch"], "wrn8-900", "not those of wrn8-900"),   # which takes 300 GB
     (["options", "train"], "all", "not those of resnet8, --train all"),
@@ -1858,6 +1859,8 @@ def test_option_that_a_checkpoint_lacks_has_its_default(checkpoint):
 
 @pytest.mark.parametrize("keys, value, says", BAD_OPTIONS + [
     (["epochs"], [], "0 of 3 epochs are done"),
+    (["epochs", 0, "train_loss"], "low", "an epoch's train_loss is no number"),
+    (["sessions"], [{}], "a session of it is incomplete"),
     (["epochs", 0, "epoch"], 2, "epochs are missing"),
     (["test_accuracy"], 99.99, "its accuracy is not the last epoch's"),
 ])
@@ -1995,7 +1998,7 @@ def test_prune_leaves_the_record_of_another_run(checkpoint, capsys):
 # --- errors
 
 @pytest.mark.parametrize("words, status, says", [
-    ("--arch resnet15", 2, "argument --arch: resnet15: .* 6n . 2, such as 14"),
+    ("--arch resnet15", 2, r"argument --arch: resnet15: .* 6n \+ 2, such as 14"),
     ("--arch resnet2", 2, "such as 8"),
     ("--arch vgg16", 2, "resnet866 or wrn14-32"),
     ("--train bn+output", 2, "not allowed with"),
@@ -2283,7 +2286,9 @@ def write_run(name, accuracy, words="--bn-only", **entries):
     train.freeze(model, options["train"], options["seed"])
     epochs = []
     for epoch in range(1, options["epochs"] + 1):
-        epochs.append({"epoch": epoch, "test_accuracy": 10.0, "seconds": 45.0})
+        entries_of_epoch = dict.fromkeys(train.EPOCH_ENTRIES, 10.0)
+        entries_of_epoch["epoch"] = epoch
+        epochs.append(entries_of_epoch)
     epochs[-1]["test_accuracy"] = accuracy
     record = {
         "options": options,
@@ -2459,7 +2464,7 @@ def test_sessions_that_trained_no_epoch_are_not_shown(tiny, capsys):
      "not the paper's recipe (weight_decay 0.0, not 0.0001)"),
     ("--bn-only --seed 2 --dataset synthetic", {},
      "not the paper's recipe (dataset synthetic, not cifar10)"),
-    ("--bn-only --seed 2", {"epochs": [{"epoch": 1}]},
+    ("--bn-only --seed 2", {"epochs": [dict.fromkeys(train.EPOCH_ENTRIES, 1)]},
      "not the record of a finished run (1 of 160 epochs are done)"),
     ("--bn-only --seed 2", {"test_accuracy": 99.99},
      "not the record of a finished run (its accuracy is not the last epoch's)"),
@@ -2498,11 +2503,18 @@ def test_folder_without_a_finished_run(words, tiny, capsys):
     (["--activations"], "--activations needs checkpoints"),
     (["--results", "a.json"], "argument --results: a.json: not a folder"),
     (["--results", "no"], "argument --results: no: not a folder"),
+    (["a.pt", "--plot"], "--plot draws the records in --results, not checkpoints"),
 ])
 def test_wrong_usage_of_analyze(words, says, tiny, capsys):
     """It is a line on stderr and status 2."""
     write_run("a.json", 40.0)
     assert says in error_of(capsys, 2, analyze, *words)
+
+def test_network_without_gammas_is_one_line(monkeypatch):
+    """A normalization of one's own may have no weight."""
+    monkeypatch.setitem(models.NORMS, "none", nn.Identity)
+    with pytest.raises(train.UserError, match="this network has no gammas"):
+        prune.gammas(models.build_model("resnet8", 0, "none"))
 
 def test_firing_of_relus():
     """Against the blocks of resnet8 called one by one, on batches of different sizes."""

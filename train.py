@@ -206,7 +206,7 @@ def train_step(model, optimizer, scaler, amp, images, labels):
     with torch.autocast(images.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
         logits = model(images)
     if amp != "off":
-        logits = logits.float()
+        logits = logits.float()   # the loss is not for half precision
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -347,26 +347,34 @@ def start(args):
     """
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.resume and args.out.exists():
-        model, checkpoint = load_checkpoint(args.out)
-        if args.amp == "auto":
-            args.amp = checkpoint["options"]["amp"]
-        compare_options(args, checkpoint["options"])
-        names = ["options", "fingerprint", "sessions", "epochs"]
-        run = {name: checkpoint[name] for name in names}
+        model, run, checkpoint = continue_run(args)
     else:
+        model, run = begin_run(args)
         checkpoint = None
-        if args.amp == "auto":
-            args.amp = default_amp(args.device)
-        options = {name: getattr(args, name) for name in OPTIONS}
-        model = build(options)
-        drawn = fingerprint(frozen_parameters(model))
-        run = {"options": options, "fingerprint": drawn, "sessions": [], "epochs": []}
     run["parameters"] = count_parameters(model)
     trained, total = run["parameters"]["trained"], run["parameters"]["all"]
     log(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, "
         f"epochs done: {len(run['epochs'])} of {args.epochs}")
     if args.amp == "bf16" and args.device.type == "cpu" and not cpu_computes_in("bf16"):
         log("this CPU has no bf16 instructions: --amp off would be many times faster")
+    return model, run, checkpoint
+
+def begin_run(args):
+    if args.amp == "auto":
+        args.amp = default_amp(args.device)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    model = build(options)
+    drawn = fingerprint(frozen_parameters(model))
+    run = {"options": options, "fingerprint": drawn, "sessions": [], "epochs": []}
+    return model, run
+
+def continue_run(args):
+    model, checkpoint = load_checkpoint(args.out)
+    if args.amp == "auto":
+        args.amp = checkpoint["options"]["amp"]
+    compare_options(args, checkpoint["options"])
+    names = ["options", "fingerprint", "sessions", "epochs"]
+    run = {name: checkpoint[name] for name in names}
     return model, run, checkpoint
 
 def compare_options(args, stored):
@@ -391,7 +399,8 @@ def prepare(model, args):
         lr = torch.tensor(lr, dtype=torch.float32, device=args.device)
     trained = trained_parameters(model)
     fused = None if args.plain else True
-    optimizer = torch.optim.SGD(trained, lr, 0.9, weight_decay=args.weight_decay, fused=fused)
+    optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=fused)
     for p in trained:   # from zero, as in SGD, but also if the first step overflows in fp16
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
@@ -536,9 +545,9 @@ def capture_all(step, sizes):
         with torch.compiler.set_stance("force_eager"):
             replays[last_size] = capture(step, last_size, stream, pool)
 
-    def replay(images, labels):
+    def replay_for_size(images, labels):
         return replays[len(images)](images, labels)
-    return replay
+    return replay_for_size
 
 def blank_batch(size):
     """Images (size, 3, 32, 32) and labels (size,) on the current GPU, all zero."""
@@ -589,6 +598,9 @@ def restore_snapshot(snapshot, model, optimizer, scaler):
 # --- checkpoints and records
 
 FORMAT = 3
+EPOCH_ENTRIES = ["epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds",
+                 "images_per_second"]
+SESSION_ENTRIES = ["id", "first_epoch", "plain", "commit", "torch", "hardware"]
 
 def changing_state(model):
     """The part of the network's state_dict that its seed doesn't give."""
@@ -651,11 +663,11 @@ def make_record(run):
         "epochs": epochs,
     }
 
-def record_path(checkpoint):
+def record_path(checkpoint_path):
     """Where the record of a checkpoint is: x.json beside x.pt, or beside that to which it links."""
-    return pathlib.Path(checkpoint).resolve().with_suffix(".json")
+    return pathlib.Path(checkpoint_path).resolve().with_suffix(".json")
 
-def write_record(checkpoint, record):
+def write_record(checkpoint_path, record):
     """Write the record of a checkpoint as JSON, with a line for each entry and each epoch."""
     entries = []
     for name, value in record.items():
@@ -664,7 +676,7 @@ def write_record(checkpoint, record):
             text = "[\n " + ",\n ".join(json.dumps(epoch) for epoch in value) + "\n]"
         entries.append(f"{json.dumps(name)}: {text}")
     content = "{" + ",\n".join(entries) + "}\n"
-    write(record_path(checkpoint), content.encode())
+    write(record_path(checkpoint_path), content.encode())
 
 def read_record(path):
     """The record of a finished run, see make_record. Raises UserError if the file is none."""
@@ -672,6 +684,8 @@ def read_record(path):
         record = json.loads(path.read_bytes())
         for name in ("parameters", "seconds", "sessions"):
             require(name in record, f"it has no {name}")
+        for session in record["sessions"]:
+            require(set(SESSION_ENTRIES) <= set(session), "a session of it is incomplete")
         record["options"] = check_options(record["options"])
         check_epochs(record["epochs"], record["options"])
         done, epochs = len(record["epochs"]), record["options"]["epochs"]
@@ -777,6 +791,9 @@ def check_options(stored):
     return options
 
 def check_epochs(epochs, options):
+    for epoch in epochs:
+        for name in EPOCH_ENTRIES:
+            require(isinstance(epoch[name], (int, float)), f"an epoch's {name} is no number")
     numbers = [epoch["epoch"] for epoch in epochs]
     require(numbers == list(range(1, len(epochs) + 1)), "epochs are missing")
     require(len(epochs) <= options["epochs"], "it has too many epochs")
@@ -1161,7 +1178,8 @@ def parse_command_line():
     return args
 
 def default_out(args):
-    """runs/<arch>-<train>-s<seed>.pt; before the seed stands what else differs from the recipe."""
+    """runs/<arch>-<train>-s<seed>.pt; before the seed stand norm, initial values and learning rate
+    if they are not the recipe's."""
     words = [args.arch, args.train]
     for name, value in differences(vars(args)).items():
         words.append(f"lr{value}" if name == "lr" else value)
@@ -1198,12 +1216,12 @@ def run_cli(main, on_interrupt="stopped"):
         stop(str(error), error.status)
     except KeyboardInterrupt:
         stop(on_interrupt)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            stop(f"{one_line(error)}; try a smaller batch or network")
-        if isinstance(error, RuntimeError):   # a fault of the program: with a traceback
-            raise
+    except OSError as error:
         stop(one_line(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise   # a fault of the program: with a traceback
+        stop(f"{one_line(error)}; try a smaller batch or network")
 
 def stop(text, status=1):
     """End with one line on stderr."""
