@@ -2491,6 +2491,8 @@ def test_json_of_something_else_is_left_out(tiny, capsys):
 @pytest.mark.parametrize("words", [[], ["--plot"]])
 def test_folder_without_a_finished_run(words, tiny, capsys):
     """A line on stderr says so, and stdout names what was left out."""
+    if words == ["--plot"]:
+        pytest.importorskip("matplotlib")
     write_run("a.json", 40.0, "--bn-only --epochs 2")
     assert run_script(analyze, "--results", ".", *words) == 1
     printed = capsys.readouterr()
