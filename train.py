@@ -992,6 +992,8 @@ def one_line(error):
     line = text.splitlines()[0][:1000]
     return "".join(c if c.isprintable() else "?" for c in line)
 
+# --- where a run was made
+
 def machine(device):
     """What a run records of the code and the machine."""
     hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
@@ -1195,6 +1197,8 @@ def differences(options):
             differing[name] = options[name]
     return differing
 
+# --- errors
+
 def is_out_of_memory(error):
     """Whether an exception says that memory did not suffice."""
     words = [
@@ -1241,6 +1245,8 @@ def make_output_safe():
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+# --- main
 
 def main():
     args = parse_command_line()
