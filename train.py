@@ -1054,17 +1054,17 @@ def parse_train(text):
     """
     if text == "random" or text in PRESETS:
         return text
-    names = text.split("+")
+    names = []
+    for name in text.split("+"):
+        names += ["gamma", "beta"] if name == "bn" else [name]
+    known = set(names) <= set(GROUPS)
+    once = len(set(names)) == len(names)
+    require(known and once, f"not {', '.join(PRESETS)}, random, or some of {', '.join(GROUPS)} "
+                            f"joined by +, each once")
     if "gamma" in names and "beta" in names:
         names.remove("gamma")
         names.remove("beta")
         names.append("bn")
-    known = set(names) <= set(GROUPS)
-    twice = len(set(names)) < len(names)
-    if "bn" in names:
-        twice = twice or "gamma" in names or "beta" in names
-    require(known and not twice, f"not {', '.join(PRESETS)}, random, or some of "
-                                 f"{', '.join(GROUPS)} joined by +, each once")
     ordered = [group for group in GROUPS if group in names]
     for preset, groups in PRESETS.items():
         if ordered == groups:
