@@ -26,11 +26,11 @@ Printed by `python analyze.py` from the records (`*.json`) of runs: test accurac
 percent, after the last epoch, mean ± sample standard deviation over n seeds. "What trains" is the
 value of `--train`, followed by what else differs from the recipe: normalization, initial values,
 learning rate. "Paper": read off the main figure of the [first
-version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden), mean of
-five runs. "Reproduction":
-[tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), single runs
-on 45,000 images, best epoch by validation. A feature is disabled if its ReLU fires at less than 1 %
-of all positions.
+version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden).
+"Reproduction":
+[tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), which says
+that the paper's figures are means of five runs; its own are single runs on 45,000 images, best
+epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
 
