@@ -222,6 +222,7 @@ def test_parameter_counts(arch):
         "gamma": bn // 2,
         "beta": bn // 2,
         "shortcut": shortcut,
+        "shortcut-bn": 2 * (32 + 64) * width,
         "output": output,
         "trained": total,
     }
@@ -703,6 +704,7 @@ GROUP_NAMES = {
     "beta": r"(stage\d\.0\.)?(bn\d?|shortcut\.1)\.bias",
     "bn": r"(stage\d\.0\.)?(bn\d?|shortcut\.1)\.(weight|bias)",
     "shortcut": r"stage\d\.0\.shortcut\.0\.weight",
+    "shortcut-bn": r"stage\d\.0\.shortcut\.1\.(weight|bias)",
     "output": r"fc\.(weight|bias)",
 }
 
@@ -743,7 +745,7 @@ def assert_exactly_these_change(names, before, model):
             assert not changed.any(), name
 
 MODES = ["all", "not-bn", *combinations_of_groups(), "gamma", "beta", "gamma+output", "beta+conv",
-         "conv+gamma+shortcut"]
+         "conv+gamma+shortcut", "shortcut-bn", "shortcut+shortcut-bn+output"]
 
 @pytest.mark.parametrize("mode", MODES)
 def test_exactly_the_right_parameters_change(mode):
@@ -761,6 +763,7 @@ def test_exactly_the_right_parameters_change(mode):
     ("weight", "bn", r".*(conv\d?|shortcut\.0)\.(gain|bias)"),
     ("weight", "gamma", r".*(conv\d?|shortcut\.0)\.gain"),
     ("weight", "beta", r".*(conv\d?|shortcut\.0)\.bias"),
+    ("weight", "shortcut-bn", r".*shortcut\.0\.(gain|bias)"),
     ("weight", "not-bn", r".*(conv\d?|shortcut\.0)\.weight|fc\.(weight|bias)"),
 ])
 def test_exactly_the_right_parameters_change_with_other_norms(norm, mode, names):
@@ -803,6 +806,7 @@ def test_random_starts_as_the_same_network():
     ("output+gamma", "gamma+output"),
     ("output+shortcut", "shortcut+output"),
     ("bn+conv", "conv+bn"),
+    ("output+shortcut-bn+shortcut", "shortcut+shortcut-bn+output"),
 ])
 def test_one_spelling_of_what_trains(text, spelling):
     """Presets by their names, groups in one order, and gamma+beta as bn."""
@@ -824,7 +828,14 @@ def test_unknown_or_doubled_groups_are_refused(text, tiny, capsys):
     line = error_of(capsys, 2, train, *SMALL, "--train", text)
     assert line == (
         f"train.py: error: argument --train: {text}: not all, not-bn, random, "
-        "or some of conv, bn, gamma, beta, shortcut, output joined by +, each once")
+        "or some of conv, bn, gamma, beta, shortcut, shortcut-bn, output joined by +, each once")
+
+@pytest.mark.parametrize("group", ["bn", "gamma", "beta"])
+def test_a_part_of_bn_is_refused_beside_it(group, tiny, capsys):
+    """So that a run has one name."""
+    line = error_of(capsys, 2, train, *SMALL, "--train", f"{group}+shortcut-bn")
+    assert line == (f"train.py: error: argument --train: {group}+shortcut-bn: "
+                    "shortcut-bn does not go with bn, gamma or beta")
 
 @pytest.mark.parametrize("mode, count", [
     ("all", 175_258),
@@ -834,6 +845,7 @@ def test_unknown_or_doubled_groups_are_refused(text, tiny, capsys):
     ("not-bn", 174_138),
     ("random", 1_120),
     ("shortcut+output", 3_210),
+    ("shortcut+shortcut-bn+output", 3_402),
     ("conv+bn", 172_048),
 ])
 def test_trained_counts(mode, count):

@@ -107,29 +107,36 @@ def row_constants(dtype, device):
 
 # --- what trains
 
-# The groups of parameters, as functions of a module and the name of one of its own parameters.
+# The groups of parameters, as functions of a module and the name that one of its own parameters
+# has in the network, such as "stage2.0.shortcut.1.weight".
 
 def in_conv(module, name):
     """Weights of 3x3 convolutions."""
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and name == "weight"
+    is_conv = isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+    return is_conv and name.endswith(".weight")
 
 def in_bn(module, name):
     """The normalization's own parameters, whichever it is; with batch, its gamma and beta."""
     if isinstance(module, WeightNormConv2d):
-        return name in ("gain", "bias")
+        return name.endswith((".gain", ".bias"))
     return not isinstance(module, (nn.Conv2d, nn.Linear))
 
 def in_gamma(module, name):
     """The scale of a normalization."""
-    return in_bn(module, name) and name in ("weight", "gain")
+    return in_bn(module, name) and name.endswith((".weight", ".gain"))
 
 def in_beta(module, name):
     """The shift of a normalization."""
-    return in_bn(module, name) and name == "bias"
+    return in_bn(module, name) and name.endswith(".bias")
 
 def in_shortcut(module, name):
     """Weights of 1x1 convolutions; their BatchNorm is not counted, as in the paper's table."""
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and name == "weight"
+    is_shortcut = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    return is_shortcut and name.endswith(".weight")
+
+def in_shortcut_bn(module, name):
+    """The normalization of the shortcuts alone, which is also in the group bn."""
+    return in_bn(module, name) and ".shortcut." in name
 
 def in_output(module, name):
     """Weight and bias of the linear layer."""
@@ -141,6 +148,7 @@ GROUPS = {
     "gamma": in_gamma,
     "beta": in_beta,
     "shortcut": in_shortcut,
+    "shortcut-bn": in_shortcut_bn,
     "output": in_output,
 }
 PRESETS = {
@@ -151,8 +159,8 @@ PRESETS = {
 def parameters_of(model, groups):
     """The parameters of a model that belong to any of these groups, in the model's order."""
     parameters = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
             if any(GROUPS[group](module, name) for group in groups):
                 parameters.append(parameter)
     return parameters
@@ -1061,6 +1069,9 @@ def parse_train(text):
     once = len(set(names)) == len(names)
     require(known and once, f"not {', '.join(PRESETS)}, random, or some of {', '.join(GROUPS)} "
                             f"joined by +, each once")
+    if "shortcut-bn" in names:
+        alone = "gamma" not in names and "beta" not in names
+        require(alone, "shortcut-bn does not go with bn, gamma or beta")
     if "gamma" in names and "beta" in names:
         names.remove("gamma")
         names.remove("beta")
