@@ -312,7 +312,8 @@ class WeightNormConv2d(nn.Conv2d):
         weight = self.weight * scale[:, None, None, None]
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
-# The layer that follows a convolution of c output channels.
+# The layer that follows a convolution of c output channels. `initialize` draws its weight and bias;
+# its other parameters and its buffers keep the values that its constructor gives them.
 NORMS = {
     "batch": batch_norm,
     "layer": layer_norm,
