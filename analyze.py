@@ -16,9 +16,8 @@ from torch import nn
 
 from models import empty_model, gammas_and_betas, parse_arch
 from prune import THRESHOLDS, add_to_record, gammas, prepare_test
-from train import (OPTIONS, UserError, add_device_arguments, count_parameters, differences,
-                   evaluate, freeze, load_checkpoint, log, make_parser, one_line, read_record,
-                   run_cli)
+from train import (RECIPE, UserError, add_device_arguments, count_parameters, differences, evaluate,
+                   freeze, load_checkpoint, log, one_line, read_record, run_cli)
 
 INTRODUCTION = """# Results
 
@@ -38,38 +37,38 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 DEEP = ["resnet14", "resnet32", "resnet56", "resnet110", "resnet218", "resnet434", "resnet866"]
 WIDE = ["wrn14-2", "wrn14-4", "wrn14-8", "wrn14-16", "wrn14-32"]
 
-# The defaults of train.py.
-RECIPE = {name: make_parser().get_default(name) for name in OPTIONS}
-
 # --- runs and published values
 
 def read_results(folder):
     """The finished runs of the paper's recipe in a folder, and the files that are left out.
 
     Returns the records in lists, one for each network and variant, {(arch, variant): [record]}, and
-    [file name, reason] of the other files. A record also gets the path of its "checkpoint".
+    [file name, reason] of the other files. A record also gets its "file".
     """
+    records, left_out = read_records(folder)
+    runs = {}
+    for record in sorted(records, key=record_order):
+        options = record["options"]
+        alike = runs.setdefault((options["arch"], variant_of(options)), [])
+        if options["seed"] in [other["options"]["seed"] for other in alike]:
+            left_out.append([record["file"].name, "another run of the same seed"])
+        else:
+            alike.append(record)
+    return runs, sorted(left_out)
+
+def read_records(folder):
+    """The records of the paper's recipe in a folder, and [file name, reason] of other files."""
     records = []
     left_out = []
     for file in sorted(folder.glob("*.json")):
         try:
             record = read_record(file)
             check_recipe(record["options"])
-            record["checkpoint"] = file.with_suffix(".pt")
-            records.append(record)
+            records.append({**record, "file": file})
         except (UserError, OSError) as error:
             reason = str(error).removeprefix(f"{file} is ")
             left_out.append([file.name, one_line(reason)])
-    runs = {}
-    for record in sorted(records, key=record_order):
-        options = record["options"]
-        alike = runs.setdefault((options["arch"], variant_of(options)), [])
-        if options["seed"] in [other["options"]["seed"] for other in alike]:
-            file = record["checkpoint"].with_suffix(".json")
-            left_out.append([file.name, "another run of the same seed"])
-        else:
-            alike.append(record)
-    return runs, sorted(left_out)
+    return records, left_out
 
 def check_recipe(options):
     """Raise UserError if more than what makes a variant differs from the paper's recipe."""
@@ -185,18 +184,9 @@ def counts_of(arch):
     return count_parameters(empty_model(arch))
 
 def print_what_trains(runs, published):
-    """A row for each network and what was trained of it, with BatchNorm.
-
-    Where we have another run of a network than "bn" and "all", the other rows of the paper's figure
-    are added for that network.
-    """
-    keys = [key for key in runs if options_of(runs[key])["norm"] == "batch"]
-    archs = {arch for arch, variant in keys if variant not in ("bn", "all")}
-    for arch, variant in published:
-        if arch in archs and variant not in ("bn", "all") and (arch, variant) not in keys:
-            keys.append((arch, variant))
+    """A row for each network and what was trained of it, with the normalization of the recipe."""
     rows = []
-    for arch, variant in sorted(keys, key=row_order):
+    for arch, variant in keys_of_what_trains(runs, published):
         records = runs.get((arch, variant), [])
         theirs = published.get((arch, variant), NOT_PUBLISHED)
         if records:
@@ -209,6 +199,18 @@ def print_what_trains(runs, published):
         rows.append([arch, variant, f"{counts['trained']:,}", ours, theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
+
+def keys_of_what_trains(runs, published):
+    """The (arch, variant) of our runs with --norm batch, and of rows that only the paper has.
+
+    Those are added for networks of which we trained something else than "bn" and "all".
+    """
+    keys = [key for key in runs if options_of(runs[key])["norm"] == "batch"]
+    archs = {arch for arch, variant in keys if variant not in ("bn", "all")}
+    for arch, variant in published:
+        if arch in archs and variant not in ("bn", "all") and (arch, variant) not in keys:
+            keys.append((arch, variant))
+    return sorted(keys, key=row_order)
 
 def print_normalizations(runs):
     """Runs with other normalizations, and those of the same networks that train BatchNorm alone."""
@@ -340,8 +342,9 @@ def print_activations(path, model, checkpoint, args):
 def relu_table(model, images, labels, amp):
     """How often the features of each kind of ReLU fire, over all test images and positions.
 
-    A dict per kind: "relu", the number of "features", at how many positions one "fires" (the mean),
-    and how many are "disabled", because they fire at less than 1 %; both in percent.
+    A dict per kind: "relu", its name; "features", their number; "fires", the share of positions at
+    which a feature is positive, on average; "disabled", the share of features that are positive at
+    less than 1 % of their positions. Both shares are in percent.
     """
     fires = {}   # by ReLU: (C,), the share of positive positions, added up over images
 
@@ -524,7 +527,7 @@ def stored_gammas(records):
     values = []
     for record in records:
         try:
-            model, _ = load_checkpoint(record["checkpoint"])
+            model, _ = load_checkpoint(record["file"].with_suffix(".pt"))
             values += gammas(model).tolist()
         except FileNotFoundError:   # large checkpoints may be left out of a copy of the results
             continue

@@ -798,20 +798,18 @@ def test_random_starts_as_the_same_network():
 @pytest.mark.parametrize("text, spelling", [
     ("all", "all"),
     ("output+bn+conv+shortcut", "all"),
-    ("beta+output+conv+gamma+shortcut", "all"),
     ("not-bn", "not-bn"),
     ("output+conv+shortcut", "not-bn"),
     ("random", "random"),
     ("bn", "bn"),
-    ("gamma+beta", "bn"),
-    ("beta+output+gamma", "bn+output"),
+    ("output+bn", "bn+output"),
     ("output+gamma", "gamma+output"),
     ("output+shortcut", "shortcut+output"),
     ("bn+conv", "conv+bn"),
     ("output+shortcut-bn+shortcut", "shortcut+shortcut-bn+output"),
 ])
 def test_one_spelling_of_what_trains(text, spelling):
-    """Presets by their names, groups in one order, and gamma+beta as bn."""
+    """Presets by their names, groups in one order."""
     assert arguments("--train", text).train == spelling
 
 @pytest.mark.parametrize("text", [
@@ -821,8 +819,6 @@ def test_one_spelling_of_what_trains(text, spelling):
     "all+bn",
     "random+bn",
     "bn+bn",
-    "bn+gamma",
-    "beta+bn+gamma",
     "gamma+gamma+beta",
 ])
 def test_unknown_or_doubled_groups_are_refused(text, tiny, capsys):
@@ -832,12 +828,19 @@ def test_unknown_or_doubled_groups_are_refused(text, tiny, capsys):
         f"train.py: error: argument --train: {text}: not all, not-bn, random, "
         f"or some of {', '.join(train.GROUPS)} joined by +, each once")
 
-@pytest.mark.parametrize("group", ["bn", "gamma", "beta"])
-def test_a_part_of_bn_is_refused_beside_it(group, tiny, capsys):
-    """So that a run has one name."""
-    line = error_of(capsys, 2, train, *SMALL, "--train", f"{group}+shortcut-bn")
-    assert line == (f"train.py: error: argument --train: {group}+shortcut-bn: "
-                    "shortcut-bn does not go with bn, gamma or beta")
+@pytest.mark.parametrize("text", [
+    "bn+gamma",
+    "gamma+beta",
+    "beta+output+gamma",
+    "bn+shortcut-bn",
+    "gamma+shortcut-bn",
+    "shortcut-bn+beta",
+])
+def test_two_parts_of_bn_are_refused(text, tiny, capsys):
+    """So that what trains has one name. With --norm switchable, bn is more than gamma and beta."""
+    line = error_of(capsys, 2, train, *SMALL, "--train", text)
+    assert line == (f"train.py: error: argument --train: {text}: "
+                    "only one of bn (gamma and beta), gamma, beta, shortcut-bn")
 
 @pytest.mark.parametrize("mode, count", [
     ("all", 175_258),
@@ -1467,7 +1470,7 @@ def test_checkpoint_of_all_parameters_is_a_whole_state_dict(words, tiny):
 def test_bn_only_resnet866_checkpoint_is_small(tiny):
     """After 160 epochs, its momentum included, it takes less than 2.5 MB. The network takes 56."""
     args = arguments("--arch", "resnet866", "--bn-only", "--out", "a.pt")
-    model, run, _ = train.start(args)
+    model, run, _ = train.begin_or_continue(args)
     optimizer, scaler = train.prepare(model, args)
     for parameter in train.trained_parameters(model):
         optimizer.state[parameter]["momentum_buffer"].normal_()
@@ -1817,7 +1820,7 @@ BAD_OPTIONS = [
     (["options", "epochs"], 0, "not in 1"),
     (["options", "lr"], math.nan, "not in"),
     (["options", "norm"], "other", "not one of batch"),
-    (["options", "train"], "gamma+beta", r"its train is 'gamma\+beta'"),
+    (["options", "train"], "output+bn", r"its train is 'output\+bn'"),
     (["options", "arch"], "vgg16", "resnet<depth>"),
     (["options", "amp"], "auto", "it lacks train or amp"),
 ]
@@ -2083,7 +2086,7 @@ def test_parameter_that_is_not_finite_is_divergence(tiny, monkeypatch, capsys):
 ])
 def test_out_of_memory_is_one_line(error, says, tiny, monkeypatch, capsys):
     """In all of PyTorch's ways to say it."""
-    monkeypatch.setattr(train, "start", raising(error))
+    monkeypatch.setattr(train, "begin_or_continue", raising(error))
     line = error_of(capsys, 1, train, *SMALL)
     assert says in line
     assert line.endswith("; try a smaller batch or network")

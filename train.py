@@ -82,13 +82,14 @@ def augment(padded, index, offset, flip):
     """Crop and flip each image in its own way. Returns uint8 (B, 32, 32, 3).
 
     padded: (N, 40, 40, 3), images with a border of 4 black pixels; index, flip: (B,);
-    offset: (B, 2), y and x. The whole batch is one gather of pixels.
+    offset: (B, 2), y and x. The whole batch is one gather of pixels, because an index for
+    each dimension takes four times as long on a CPU.
     """
     pixel = torch.arange(32, device=padded.device)
     from_left = torch.where(flip[:, None], 31 - pixel, pixel)          # (B, 32)
     columns = offset[:, 1:] + from_left                                # (B, 32)
-    rows = index[:, None] * 40 + offset[:, :1] + pixel                 # (B, 32), of all images
-    pixels = rows[:, :, None] * 40 + columns[:, None, :]               # (B, 32, 32)
+    rows = index[:, None] * 40 + offset[:, :1] + pixel                 # (B, 32), in all N * 40
+    pixels = rows[:, :, None] * 40 + columns[:, None, :]               # (B, 32, 32), in all pixels
     gathered = padded.view(-1, 3).index_select(0, pixels.flatten())    # (B * 32 * 32, 3)
     return gathered.view(len(index), 32, 32, 3)
 
@@ -249,21 +250,21 @@ def evaluate(model, images, labels, amp):
 
 def train(args):
     """Train to the last epoch, from the beginning or from the last epoch of a checkpoint."""
-    model, run, checkpoint = start(args)
+    model, run, checkpoint = begin_or_continue(args)
     if len(run["epochs"]) == args.epochs:
         report_finished(args.out, run)
         return
     run["sessions"].append(new_session(run, args))
     optimizer, scaler = prepare(model, args)
     rng = torch.Generator("cpu").manual_seed(args.seed)
-    if checkpoint is None:
+    if checkpoint is None:   # the name is taken from here on
         claim(args.out, checkpoint_bytes(run, model, optimizer, scaler, rng))
     else:
         load_momentum(optimizer, checkpoint)
         scaler.load_state_dict(checkpoint["scaler"])
         rng.set_state(checkpoint["rng"])
     try:
-        save(args.out, run, model, optimizer, scaler, rng)   # shows now if it can't be written
+        save(args.out, run, model, optimizer, scaler, rng)   # the record, too
         train_epochs(model, optimizer, scaler, rng, run, args)
     except BaseException:   # an interrupt, too
         give_back_if_empty(args.out, run)
@@ -332,66 +333,6 @@ def log_epoch(done, epochs):
         "{lr:7.4g} {seconds:8.1f} {images_per_second:9,.0f} {time_left!s:>10}".format(
             **done[-1], epochs=epochs, time_left=time_left))
 
-def report_finished(path, run):
-    """Say that there is nothing left to train; write the record if it is missing."""
-    log(f"{path} is finished: {run['epochs'][-1]['test_accuracy']:.2f} % test accuracy")
-    if not record_path(path).exists():
-        write_record(path, make_record(run))
-
-def new_session(run, args):
-    """What the record tells about this start of a run."""
-    return {
-        "id": secrets.token_hex(8),
-        "first_epoch": len(run["epochs"]) + 1,
-        "plain": args.plain,
-        **machine(args.device),
-    }
-
-def start(args):
-    """Begin a run, or continue that of args.out. Returns (model, run, checkpoint or None).
-
-    run: a dict of "options", "parameters" (counts), "fingerprint" (of the frozen weights),
-    "sessions" and "epochs", which grow. Sets args.amp if it is "auto".
-    """
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.resume and args.out.exists():
-        model, run, checkpoint = continue_run(args)
-    else:
-        model, run = begin_run(args)
-        checkpoint = None
-    run["parameters"] = count_parameters(model)
-    trained, total = run["parameters"]["trained"], run["parameters"]["all"]
-    log(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, "
-        f"epochs done: {len(run['epochs'])} of {args.epochs}")
-    if args.amp == "bf16" and args.device.type == "cpu" and not cpu_computes_in("bf16"):
-        log("this CPU has no bf16 instructions: --amp off would be many times faster")
-    return model, run, checkpoint
-
-def begin_run(args):
-    if args.amp == "auto":
-        args.amp = default_amp(args.device)
-    options = {name: getattr(args, name) for name in OPTIONS}
-    model = build(options)
-    drawn = fingerprint(frozen_parameters(model))
-    run = {"options": options, "fingerprint": drawn, "sessions": [], "epochs": []}
-    return model, run
-
-def continue_run(args):
-    model, checkpoint = load_checkpoint(args.out)
-    if args.amp == "auto":
-        args.amp = checkpoint["options"]["amp"]
-    compare_options(args, checkpoint["options"])
-    names = ["options", "fingerprint", "sessions", "epochs"]
-    run = {name: checkpoint[name] for name in names}
-    return model, run, checkpoint
-
-def compare_options(args, stored):
-    """Raise UserError if the command line asks for another run than the stored one."""
-    for name, value in stored.items():
-        asked = getattr(args, name)
-        if asked != value:
-            raise UserError(f"{args.out} is a run with {name} {value}, not {asked}", 2)
-
 def prepare(model, args):
     """Move the network to its device, in training mode, and return (optimizer, scaler).
 
@@ -409,7 +350,8 @@ def prepare(model, args):
     fused = None if args.plain else True
     optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=fused)
-    for p in trained:   # from zero, as in SGD, but also if the first step overflows in fp16
+    # SGD would make these in its first step, but a checkpoint and a CUDA graph need them before it.
+    for p in trained:
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
     return optimizer, scaler
@@ -514,12 +456,12 @@ def lay_out(model, amp):
 def make_fast(step, model, optimizer, scaler, sizes):
     """The same step for batches of these sizes, as CUDA graphs of compiled blocks.
 
-    sizes: [size, size of the last batch]. Leaves network, optimizer and scaler as they were. What
-    fails is reported and left out: first compilation, then graphs, too.
+    sizes: [size, size of the last batch]. Leaves all values as they were. What fails is reported
+    and left out: first compilation, then graphs, too.
     """
     for module in model.modules():
         if isinstance(module, Block):
-            module.compile(dynamic=False)   # five kinds of blocks, whatever the depth
+            module.compile(dynamic=False)   # at most five kinds, whatever the depth
     before = take_snapshot(model, optimizer, scaler)
     fast_step = try_to_capture(step, sizes, "compiled blocks")
     if fast_step is None:
@@ -587,7 +529,7 @@ def capture(step, size, stream, pool):
     return replay
 
 def tensors_in_training(model, optimizer):
-    """All tensors that a step changes in place: parameters, running statistics, momentum."""
+    """All that a step changes in place: trained parameters, running statistics, momentum."""
     momentum = [optimizer.state[p]["momentum_buffer"] for p in trained_parameters(model)]
     return [*trained_parameters(model), *model.buffers(), *momentum]
 
@@ -687,7 +629,11 @@ def write_record(checkpoint_path, record):
     write(record_path(checkpoint_path), content.encode())
 
 def read_record(path):
-    """The record of a finished run, see make_record. Raises UserError if the file is none."""
+    """The record of a finished run, see make_record.
+
+    Raises UserError if the file is none, an OSError if it can't be opened. The tables that prune.py
+    and analyze.py have added are taken as they are.
+    """
     try:
         record = json.loads(path.read_bytes())
         for name in ("parameters", "seconds", "sessions"):
@@ -723,8 +669,8 @@ def write(path, content):
 def load_checkpoint(path):
     """Read a checkpoint from anyone without running code in it.
 
-    Returns the network, in evaluation mode on the CPU, and the content of the file, a dict of what
-    `save` writes. Raises UserError if the file is invalid.
+    Returns the network, in evaluation mode on the CPU, and the content of the file, a dict, see
+    `checkpoint_bytes`. Raises UserError if the file is invalid, an OSError if it can't be opened.
     """
     try:
         with zipfile.ZipFile(path) as archive:   # torch.load does not look at the checksums
@@ -789,10 +735,9 @@ def check_options(stored):
     """
     require(set(stored) <= set(OPTIONS), f"unknown options {set(stored) - set(OPTIONS)}")
     require("train" in stored and stored.get("amp", "auto") != "auto", "it lacks train or amp")
-    parser = make_parser()
     options = {}
     for name, parse in OPTIONS.items():
-        value = stored.get(name, parser.get_default(name))
+        value = stored.get(name, RECIPE[name])
         # What train.py stores is what it reads from the same text, so "3" or 3.0 is not 3.
         require(repr(parse(str(value))) == repr(value), f"its {name} is {value!r}")
         options[name] = value
@@ -805,6 +750,69 @@ def check_epochs(epochs, options):
     numbers = [epoch["epoch"] for epoch in epochs]
     require(numbers == list(range(1, len(epochs) + 1)), "epochs are missing")
     require(len(epochs) <= options["epochs"], "it has too many epochs")
+
+# --- begin or continue
+
+def begin_or_continue(args):
+    """Begin a run, or continue that of args.out. Returns (model, run, checkpoint or None).
+
+    run: a dict of "options", "parameters" (counts), "fingerprint" (of the frozen weights),
+    "sessions" and "epochs", which grow. Makes the folder of args.out, and sets args.amp if it is
+    "auto".
+    """
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.resume and args.out.exists():
+        model, run, checkpoint = continue_run(args)
+    else:
+        model, run = begin_run(args)
+        checkpoint = None
+    run["parameters"] = count_parameters(model)
+    trained, total = run["parameters"]["trained"], run["parameters"]["all"]
+    log(f"{args.arch} on {args.device}: {trained:,} of {total:,} parameters train, "
+        f"epochs done: {len(run['epochs'])} of {args.epochs}")
+    if args.amp != "off" and args.device.type == "cpu" and not cpu_computes_in(args.amp):
+        log(f"this CPU has no {args.amp} instructions: --amp off would be many times faster")
+    return model, run, checkpoint
+
+def begin_run(args):
+    if args.amp == "auto":
+        args.amp = default_amp(args.device)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    model = build(options)
+    drawn = fingerprint(frozen_parameters(model))
+    run = {"options": options, "fingerprint": drawn, "sessions": [], "epochs": []}
+    return model, run
+
+def continue_run(args):
+    model, checkpoint = load_checkpoint(args.out)
+    if args.amp == "auto":
+        args.amp = checkpoint["options"]["amp"]
+    compare_options(args, checkpoint["options"])
+    names = ["options", "fingerprint", "sessions", "epochs"]
+    run = {name: checkpoint[name] for name in names}
+    return model, run, checkpoint
+
+def compare_options(args, stored):
+    """Raise UserError if the command line asks for another run than the stored one."""
+    for name, value in stored.items():
+        asked = getattr(args, name)
+        if asked != value:
+            raise UserError(f"{args.out} is a run with {name} {value}, not {asked}", 2)
+
+def new_session(run, args):
+    """What the record tells about this start of a run."""
+    return {
+        "id": secrets.token_hex(8),
+        "first_epoch": len(run["epochs"]) + 1,
+        "plain": args.plain,
+        **machine(args.device),
+    }
+
+def report_finished(path, run):
+    """Say that there is nothing left to train; write the record if it is missing."""
+    log(f"{path} is finished: {run['epochs'][-1]['test_accuracy']:.2f} % test accuracy")
+    if not record_path(path).exists():
+        write_record(path, make_record(run))
 
 # --- one name, one run
 
@@ -860,12 +868,14 @@ def give_back_if_empty(path, run):
 # --- files of data
 
 def load_cifar10(data_dir):
-    """torchvision's CIFAR10 (train, test) from a folder that holds the batches, or their folder.
+    """torchvision's CIFAR10 (train, test).
 
-    Fetches them if they are not there. Raises UserError if that fails.
+    data_dir: the folder of the batches, or the one in which cifar-10-batches-py is or is put.
+    Raises UserError if they are not there and can't be downloaded.
     """
-    folder = data_dir
-    if not (data_dir / "data_batch_1").exists():
+    if (data_dir / "data_batch_1").exists():
+        folder = data_dir
+    else:
         folder = data_dir / "cifar-10-batches-py"
     try:
         return read_batches(folder)
@@ -967,7 +977,8 @@ def benchmark(args):
     low, median, high = np.percentile(seconds[5:], [10, 50, 90])
     hours = args.epochs * math.ceil(50_000 / size) * median / 3600
     text = (f"{1e3 * median:.2f} ms/step (10 % to 90 %: {1e3 * low:.2f} to {1e3 * high:.2f}), "
-            f"{size / median:,.0f} images/s, {hours:.2f} hours for {args.epochs} epochs")
+            f"{size / median:,.0f} images/s, {hours:.2f} hours for {args.epochs} epochs "
+            "of CIFAR-10")
     if args.device.type == "cuda":
         text += f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of GPU memory"
     log(text)
@@ -1058,24 +1069,18 @@ def one_of(names):
 def parse_train(text):
     """The one spelling of a --train value: "random", a preset, or groups in order, joined by +.
 
-    "gamma+beta" is spelled "bn". Raises ValueError for any other value.
+    Raises ValueError for any other value.
     """
     if text == "random" or text in PRESETS:
         return text
-    names = []
-    for name in text.split("+"):
-        names += ["gamma", "beta"] if name == "bn" else [name]
+    names = text.split("+")
     known = set(names) <= set(GROUPS)
     once = len(set(names)) == len(names)
     require(known and once, f"not {', '.join(PRESETS)}, random, or some of {', '.join(GROUPS)} "
                             f"joined by +, each once")
-    if "shortcut-bn" in names:
-        alone = "gamma" not in names and "beta" not in names
-        require(alone, "shortcut-bn does not go with bn, gamma or beta")
-    if "gamma" in names and "beta" in names:
-        names.remove("gamma")
-        names.remove("beta")
-        names.append("bn")
+    parts_of_bn = {"bn", "gamma", "beta", "shortcut-bn"}
+    require(len(parts_of_bn & set(names)) <= 1,
+            "only one of bn (gamma and beta), gamma, beta, shortcut-bn")
     ordered = [group for group in GROUPS if group in names]
     for preset, groups in PRESETS.items():
         if ordered == groups:
@@ -1086,8 +1091,24 @@ def parse_arch_name(text):
     parse_arch(text)
     return text
 
-# What makes a run what it is, and the function that reads its text. Checkpoint and record hold
-# these options, and --resume can't change them.
+# The options that make a run what it is, as in the paper's recipe. Checkpoint and record hold them,
+# and --resume can't change them.
+RECIPE = {
+    "arch": "resnet14",
+    "train": "all",
+    "norm": "batch",
+    "bn_init": "uniform",
+    "weight_init": "kaiming_normal",
+    "dataset": "cifar10",
+    "seed": 0,
+    "epochs": 160,
+    "batch_size": 128,
+    "lr": 0.1,
+    "weight_decay": 1e-4,
+    "amp": "auto",
+}
+
+# The functions that read the options from text.
 OPTIONS = {
     "arch": parse_arch_name,
     "train": parse_train,
@@ -1134,30 +1155,29 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description="Train a CIFAR-10 ResNet, or only its BatchNorm (arXiv 2003.00152).")
 
-    def add(name, default, metavar, help):
-        parse = argument(OPTIONS[name])
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=parse, default=default, metavar=metavar,
-                            help=f"{help} (default: {default})")
+    def add(name, metavar, help):
+        parser.add_argument("--" + name.replace("_", "-"), type=argument(OPTIONS[name]),
+                            default=RECIPE[name], metavar=metavar,
+                            help=f"{help} (default: {RECIPE[name]})")
 
-    add("arch", "resnet14", "NAME", "resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
+    add("arch", "NAME", "resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
     group = parser.add_mutually_exclusive_group()   # with None as default, to notice both
     group.add_argument("--train", type=argument(parse_train), metavar="GROUPS",
                        help=f"what trains: {', '.join(PRESETS)}, random, or some of "
                             f"{', '.join(GROUPS)} joined by + (default: all)")
     group.add_argument("--bn-only", dest="train", action="store_const", const="bn",
                        help="short for --train bn")
-    add("norm", "batch", "NAME", f"{', '.join(NORMS)}; its parameters are the group bn")
-    add("bn_init", "uniform", "NAME", "gamma, beta: uniform (U(0,1), 0), fixed (1, 0), "
+    add("norm", "NAME", f"{', '.join(NORMS)}; its parameters are the group bn")
+    add("bn_init", "NAME", "gamma, beta: uniform (U(0,1), 0), fixed (1, 0), "
         "oneone (1, 1), or positivenegative (U(-1,1), 0)")
-    add("weight_init", "kaiming_normal", "NAME", f"all other weights: {', '.join(WEIGHT_INITS)}")
-    add("dataset", "cifar10", "NAME", "cifar10, or synthetic (no download)")
-    add("seed", 0, "N", "of initial values, data order, augmentation")
-    add("epochs", 160, "N", "the learning rate drops at 1/2 and 3/4 of them")
-    add("batch_size", 128, "N", "images per step")
-    add("lr", 0.1, "X", "initial learning rate of SGD with momentum 0.9")
-    add("weight_decay", 1e-4, "X", "L2 penalty on whatever trains")
-    add("amp", "auto", "NAME", "bf16, fp16, off, or auto: bf16 on CUDA (fp16 if the GPU is older), "
+    add("weight_init", "NAME", f"all other weights: {', '.join(WEIGHT_INITS)}")
+    add("dataset", "NAME", "cifar10, or synthetic (no download)")
+    add("seed", "N", "of initial values, data order, augmentation")
+    add("epochs", "N", "the learning rate drops at 1/2 and 3/4 of them")
+    add("batch_size", "N", "images per step")
+    add("lr", "X", "initial learning rate of SGD with momentum 0.9")
+    add("weight_decay", "X", "L2 penalty on whatever trains")
+    add("amp", "NAME", "bf16, fp16, off, or auto: bf16 on CUDA (fp16 if the GPU is older), "
         "off elsewhere")
     parser.add_argument("--plain", action="store_true",
                         help="no channels_last, fused optimizer, compilation, CUDA graphs")
@@ -1175,7 +1195,7 @@ def parse_command_line():
     parser = make_parser()
     args = parser.parse_args()
     if args.train is None:
-        args.train = "all"
+        args.train = RECIPE["train"]
     if args.device.type == "mps":
         # channels_last gives wrong gradients there (pytorch#175189); evaluation needs none.
         args.plain = True
@@ -1201,10 +1221,9 @@ def default_out(args):
 
 def differences(options):
     """Those options that make a run a variant of its own, where they are not the recipe's."""
-    parser = make_parser()
     differing = {}
     for name in ("norm", "bn_init", "weight_init", "lr"):
-        if options[name] != parser.get_default(name):
+        if options[name] != RECIPE[name]:
             differing[name] = options[name]
     return differing
 
