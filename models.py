@@ -2,7 +2,7 @@
 
 A name gives the architecture: `resnet<D>` has depth D = 6n + 2, and `wrn<D>-<K>` is the same,
 K times as wide. A name and a seed give all initial values (see `initialize`). Trainable parameters,
-as in the paper's table:
+as in the table of the paper's second version:
 
     network      all  BatchNorm        network          all  BatchNorm
     resnet14     175,258  1,120        wrn14-2      696,618      2,240
@@ -28,7 +28,8 @@ class Block(nn.Module):
 
     conv3x3, BN, ReLU, conv3x3, BN, add the shortcut, ReLU:
     (B, c_in, H, W) -> (B, c_out, H / stride, W / stride).
-    The shortcut is the identity, or with stride 2 a 1x1 convolution and BN.
+    The shortcut is the identity, or with stride 2 a 1x1 convolution and BN. The normalization can
+    be another one.
     """
 
     def __init__(self, c_in, c_out, stride, norm="batch"):
@@ -126,15 +127,16 @@ def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaimin
 def gammas_and_betas(model):
     """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,).
 
-    A layer's gamma is its 1-D parameter "weight", and it has a "bias"; weight normalization's is
-    the gain of its convolution.
+    With weight normalization, gamma is the gain of a convolution. Any other layer whose `weight`
+    has one dimension is a normalization: gamma is its weight, beta its `bias`.
     """
     layers = []
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
         if isinstance(module, WeightNormConv2d):
             layers.append((name, module.gain, module.bias))
-        elif weight is not None and weight.dim() == 1:
+            continue
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.dim() == 1:
             layers.append((name, weight, module.bias))
     return layers
 
@@ -146,7 +148,7 @@ def initialize(model, seed, bn_init, weight_init):
 
     Convolutions and the linear weight: N(0, 2 / fan_in). Linear bias: U(-b, b), b = fan_in ** -0.5
     (PyTorch's default). Gamma: U(0, 1), beta: 0; with weight normalization, gain = gamma |v|.
-    Everything comes from NumPy's legacy RandomState, module by module, because its stream is frozen
+    All draws come from NumPy's legacy RandomState, module by module, because its stream is frozen
     (NEP 19): a name and a seed mean the same features on every machine and in every version.
     """
     rng = np.random.RandomState(seed)
@@ -312,8 +314,8 @@ class WeightNormConv2d(nn.Conv2d):
         weight = self.weight * scale[:, None, None, None]
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
-# The layer that follows a convolution of c output channels. `initialize` draws its weight and bias;
-# its other parameters and its buffers keep the values that its constructor gives them.
+# The layer that follows a convolution of c output channels. `initialize` draws its weight and bias,
+# both (c,); its other parameters and its buffers keep the values that its constructor gives them.
 NORMS = {
     "batch": batch_norm,
     "layer": layer_norm,

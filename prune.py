@@ -62,18 +62,21 @@ def prepare_test(model, checkpoint, args):
     return images.to(args.device), labels.to(args.device), amp
 
 def add_to_record(path, checkpoint, name, table):
-    """Add a table to the record beside a checkpoint, if that is of this run and lacks the table."""
+    """Add a table to the record beside a checkpoint, unless the record has it already.
+
+    What stands against it, such as the record of another run, is printed and raises nothing.
+    """
     record_file = record_path(path)
     if not record_file.exists():
         return
     try:
         record = read_record(record_file)
         if record["epochs"] != checkpoint["epochs"]:
-            raise UserError(f"{record_file} is of another run")
-        if name not in record:
+            log(f"not added to the record: {record_file} is of another run")
+        elif name not in record:
             write_record(path, {**record, name: table})
             log(f"added to {record_file}")
-    except (UserError, OSError) as error:   # the table is still printed
+    except (UserError, OSError) as error:
         log(f"not added to the record: {error}")
 
 def main():
