@@ -29,7 +29,8 @@ version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the li
 "Reproduction":
 [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), which says
 that the paper's figures are means of five runs; its own are single runs on 45,000 images, best
-epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
+epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions. A
+commit "not in git" is that of a copy of the code outside of git.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
 
