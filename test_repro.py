@@ -1061,11 +1061,16 @@ def test_evaluation_keeps_the_precision_elsewhere(amp, device, monkeypatch, caps
     assert train.evaluation_amp(amp, torch.device(device)) == amp
     assert capsys.readouterr().out == ""
 
-@pytest.mark.parametrize("instructions, lines", [([], 1), (["avx512_bf16"], 0)])
-def test_training_warns_of_emulated_bf16(instructions, lines, tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("amp, instructions, lines", [
+    ("bf16", [], 1),
+    ("bf16", ["avx512_bf16"], 0),
+    ("fp16", ["avx512_bf16"], 1),
+    ("off", [], 0),
+])
+def test_training_warns_of_emulation(amp, instructions, lines, tiny, monkeypatch, capsys):
     cpu_with(monkeypatch, *instructions)
-    assert run_script(train, *SMALL, "--bn-only", "--amp", "bf16", "--epochs", 1) == 0
-    warnings = re.findall("^this CPU has no bf16 instructions", capsys.readouterr().out, re.M)
+    assert run_script(train, *SMALL, "--bn-only", "--amp", amp, "--epochs", 1) == 0
+    warnings = re.findall(f"^this CPU has no {amp} instructions", capsys.readouterr().out, re.M)
     assert len(warnings) == lines
 
 def test_first_step_that_overflows_in_fp16_changes_nothing():
