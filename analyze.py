@@ -461,20 +461,21 @@ def draw_accuracy(runs, published):
     return figure
 
 def draw_our_accuracy(ax, runs, archs, variant, look):
-    """Means of these networks, and sample standard deviations as error bars."""
-    counts = []
-    means = []
-    deviations = []
+    """A point for each run of these networks, and a line through the means."""
+    color, label = LOOKS[look]
+    point_counts, points = [], []
+    line_counts, means = [], []
     for arch in archs:
         values = accuracies(runs.get((arch, variant), []))
         if values:
-            counts.append(counts_of(arch)["bn"])
+            count = counts_of(arch)["bn"]
+            point_counts += [count] * len(values)
+            points += values
+            line_counts.append(count)
             means.append(np.mean(values))
-            deviations.append(np.std(values, ddof=1) if len(values) > 1 else 0)
-    color, label = LOOKS[look]
-    if counts:
-        ax.errorbar(counts, means, deviations, fmt="o-", capsize=3, color=color, label=label,
-                    gid=look)
+    if points:
+        ax.plot(point_counts, points, "o", color=color, label=label, gid=look)
+        ax.plot(line_counts, means, "-", color=color, gid=f"{look}, means")
 
 def draw_paper_accuracy(ax, published, archs, look, offset, side):
     """The paper's accuracies of these networks, BatchNorm alone trained, with their names."""
