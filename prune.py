@@ -3,8 +3,8 @@
     python prune.py results/resnet14-bn-s0.pt
     python prune.py runs/resnet110-bn-s0.pt --thresholds 0.05
 
-Prints a table per checkpoint. That of the default thresholds is added to the record of the run, the
-.json beside it.
+Prints a table per checkpoint. That of the default thresholds is added to the record of a finished
+run, the .json beside it.
 """
 import argparse
 import os
@@ -79,6 +79,15 @@ def add_to_record(path, checkpoint, name, table):
     except (UserError, OSError) as error:
         log(f"not added to the record: {error}")
 
+def print_rows(path, checkpoint, rows):
+    options = checkpoint["options"]
+    done = len(checkpoint["epochs"])
+    log(f"{path}: {options['arch']}, --train {options['train']}, --norm {options['norm']}, "
+        f"epoch {done} of {options['epochs']}")
+    log("  |gamma| <   gammas zeroed   test accuracy   change")
+    for row in rows:
+        log("{threshold:11g}{pruned:14.2f} %{test_accuracy:14.2f} %{change:+9.2f}".format(**row))
+
 def main():
     parser = argparse.ArgumentParser(
         description="Zero the gammas with |gamma| below each threshold and evaluate.")
@@ -92,18 +101,9 @@ def main():
         model, checkpoint = load_checkpoint(path)
         images, labels, amp = prepare_test(model, checkpoint, args)
         rows = prune_table(model, images, labels, amp, args.thresholds)
+        print_rows(path, checkpoint, rows)
         if args.thresholds == THRESHOLDS:
             add_to_record(path, checkpoint, "prune", rows)
-        print_rows(path, checkpoint, rows)
-
-def print_rows(path, checkpoint, rows):
-    options = checkpoint["options"]
-    done = len(checkpoint["epochs"])
-    log(f"{path}: {options['arch']}, --train {options['train']}, --norm {options['norm']}, "
-        f"epoch {done} of {options['epochs']}")
-    log("  |gamma| <   gammas zeroed   test accuracy   change")
-    for row in rows:
-        log("{threshold:11g}{pruned:14.2f} %{test_accuracy:14.2f} %{change:+9.2f}".format(**row))
 
 if __name__ == "__main__":
     run_cli(main)
