@@ -1106,7 +1106,7 @@ def twenty_steps(device, dtype, *words):
     fast = "--plain" not in words
     assert bool(optimizer.defaults["fused"]) == fast
     if device == "cuda" and fast:
-        step = train.make_fast(step, model, optimizer, scaler, [16, 7])
+        step = train.make_fast(step, model, optimizer, scaler, 16, 7)
     sizes = [16] * 10 + [7] + [16] * 8 + [7]
     images, labels = batch(sum(sizes), dtype=dtype)
     losses = []
@@ -1193,10 +1193,10 @@ def compiler(monkeypatch):
     monkeypatch.setattr(torch.compiler, "set_stance", fake.stances.append)
     return fake
 
-def capture_that_trains(step, sizes):
+def capture_that_trains(step, size, last_size):
     """Instead of a capture: its warm-up, a step for each size."""
-    for size in sizes:
-        step(*batch(size))
+    step(*batch(size))
+    step(*batch(last_size))
     return step
 
 def everything_that_trains(model, optimizer, scaler):
@@ -1226,8 +1226,8 @@ def test_make_fast_leaves_everything_as_it_was(failures, compiler, monkeypatch):
     """Network, momentum and scale, whether the captures succeed or fail after their warm-up."""
     attempts = itertools.count(1)
 
-    def capture_all(step, sizes):
-        capture_that_trains(step, sizes)
+    def capture_all(step, size, last_size):
+        capture_that_trains(step, size, last_size)
         if next(attempts) <= failures:
             raise RuntimeError("no compiler")
         return step
@@ -1235,7 +1235,7 @@ def test_make_fast_leaves_everything_as_it_was(failures, compiler, monkeypatch):
     monkeypatch.setattr(train, "capture_all", capture_all)
     step, model, optimizer, scaler = run_of_three_steps()
     before, scaler_before = everything_that_trains(model, optimizer, scaler)
-    train.make_fast(step, model, optimizer, scaler, [16, 7])
+    train.make_fast(step, model, optimizer, scaler, 16, 7)
     after, scaler_after = everything_that_trains(model, optimizer, scaler)
     assert scaler_after == scaler_before
     for tensor, tensor_before in zip(after, before, strict=True):
@@ -1244,13 +1244,13 @@ def test_make_fast_leaves_everything_as_it_was(failures, compiler, monkeypatch):
 def test_make_fast_compiles_blocks_and_captures_both_sizes(compiler, monkeypatch, capsys):
     seen = []
 
-    def capture_all(step, sizes):
-        seen.append(sizes)
+    def capture_all(step, size, last_size):
+        seen.append([size, last_size])
         return "captured step"
 
     monkeypatch.setattr(train, "capture_all", capture_all)
     run = run_of_three_steps()
-    assert train.make_fast(*run, [16, 7]) == "captured step"
+    assert train.make_fast(*run, 16, 7) == "captured step"
     assert seen == [[16, 7]]
     assert compiler.compiled == [models.Block] * 3
     assert compiler.stances == []
@@ -1258,14 +1258,14 @@ def test_make_fast_compiles_blocks_and_captures_both_sizes(compiler, monkeypatch
 
 def test_without_a_compiler_the_blocks_are_captured_as_they_stand(compiler, monkeypatch, capsys):
     """A line gives the reason."""
-    def capture_all(step, sizes):
+    def capture_all(step, size, last_size):
         if compiler.stances != ["force_eager"]:
             raise RuntimeError("gcc not found\nand a long trace")
         return "captured step"
 
     monkeypatch.setattr(train, "capture_all", capture_all)
     run = run_of_three_steps()
-    assert train.make_fast(*run, [16, 7]) == "captured step"
+    assert train.make_fast(*run, 16, 7) == "captured step"
     assert capsys.readouterr().out == (
         "compiled blocks fail here, continuing without them (gcc not found)\n")
 
@@ -1274,7 +1274,7 @@ def test_without_cuda_graphs_the_plain_step_is_left(compiler, monkeypatch, capsy
     monkeypatch.setattr(train, "capture_all", raising(RuntimeError("not supported")))
     run = run_of_three_steps()
     plain_step = run[0]
-    assert train.make_fast(*run, [16, 7]) is plain_step
+    assert train.make_fast(*run, 16, 7) is plain_step
     assert capsys.readouterr().out == (
         "compiled blocks fail here, continuing without them (not supported)\n"
         "CUDA graphs fail here, continuing without them (not supported)\n")
@@ -1284,7 +1284,7 @@ def test_make_fast_does_not_hide_that_memory_is_short(compiler, monkeypatch, cap
     monkeypatch.setattr(train, "capture_all", raising(error))
     run = run_of_three_steps()
     with pytest.raises(torch.OutOfMemoryError):
-        train.make_fast(*run, [16, 7])
+        train.make_fast(*run, 16, 7)
     assert capsys.readouterr().out == ""
 
 @cuda

@@ -280,8 +280,9 @@ def train_epochs(model, optimizer, scaler, rng, run, args):
 
     step = functools.partial(train_step, model, optimizer, scaler, args.amp)
     if args.device.type == "cuda" and not args.plain:
-        last = n % args.batch_size or args.batch_size   # the last batch is smaller, see OpenLTH
-        step = make_fast(step, model, optimizer, scaler, [args.batch_size, last])
+        size = min(args.batch_size, n)
+        last_size = (n - 1) % size + 1   # the last batch is smaller, see OpenLTH
+        step = make_fast(step, model, optimizer, scaler, size, last_size)
 
     log("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
     for epoch in range(len(run["epochs"]), args.epochs):
@@ -453,38 +454,37 @@ def lay_out(model, amp):
             if not module.weight.requires_grad:
                 module.weight.data = module.weight.data.to(AMP_DTYPES[amp])
 
-def make_fast(step, model, optimizer, scaler, sizes):
+def make_fast(step, model, optimizer, scaler, size, last_size):
     """The same step for batches of these sizes, as CUDA graphs of compiled blocks.
 
-    sizes: [size, size of the last batch]. Leaves all values as they were. What fails is reported
-    and left out: first compilation, then graphs, too.
+    Leaves all values as they were. What fails is reported and left out: first compilation, then
+    graphs, too.
     """
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)   # at most five kinds, whatever the depth
     before = take_snapshot(model, optimizer, scaler)
-    fast_step = try_to_capture(step, sizes, "compiled blocks")
+    fast_step = try_to_capture(step, size, last_size, "compiled blocks")
     if fast_step is None:
         torch.compiler.set_stance("force_eager")   # the blocks as they stand
-        fast_step = try_to_capture(step, sizes, "CUDA graphs")
+        fast_step = try_to_capture(step, size, last_size, "CUDA graphs")
     restore_snapshot(before, model, optimizer, scaler)
     return fast_step or step
 
-def try_to_capture(step, sizes, part):
+def try_to_capture(step, size, last_size, part):
     """The step as CUDA graphs, or None if that fails, which is said to be the fault of `part`."""
     try:
-        return capture_all(step, sizes)
+        return capture_all(step, size, last_size)
     except Exception as error:   # whatever compilers and drivers raise
         if is_out_of_memory(error):
             raise
         log(f"{part} fail here, continuing without them ({one_line(error)})")
         return None
 
-def capture_all(step, sizes):
+def capture_all(step, size, last_size):
     """The step as one CUDA graph for each batch size, in one pool of memory."""
     stream = torch.cuda.Stream()
     pool = torch.cuda.graph_pool_handle()
-    size, last_size = sizes
     # Both warm-ups come before both captures, because a capture can't use the memory of a warm-up.
     warm_up(step, size, stream)
     if last_size != size:
