@@ -16,8 +16,9 @@ from torch import nn
 
 from models import empty_model, gammas_and_betas, parse_arch
 from prune import THRESHOLDS, add_to_record, gammas, prepare_test
-from train import (RECIPE, UserError, add_device_arguments, count_parameters, differences, evaluate,
-                   freeze, load_checkpoint, log, one_line, read_record, run_cli)
+from train import (RECIPE, VARIANT_OPTIONS, UserError, add_device_arguments, count_parameters,
+                   differences, evaluate, freeze, load_checkpoint, log, one_line, read_record,
+                   run_cli)
 
 INTRODUCTION = """# Results
 
@@ -37,6 +38,9 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 # The networks of the paper's figure.
 DEEP = ["resnet14", "resnet32", "resnet56", "resnet110", "resnet218", "resnet434", "resnet866"]
 WIDE = ["wrn14-2", "wrn14-4", "wrn14-8", "wrn14-16", "wrn14-32"]
+
+# The kinds of ReLUs, and how their names in the network end: all of them with "".
+RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
 # --- runs and published values
 
@@ -72,9 +76,10 @@ def read_records(folder):
     return records, left_out
 
 def check_recipe(options):
-    """Raise UserError if more than what makes a variant differs from the paper's recipe."""
-    for name in ("dataset", "epochs", "batch_size", "weight_decay"):
-        if options[name] != RECIPE[name]:
+    """Raise UserError if an option differs that no row of the tables would show."""
+    may_differ = ["arch", "train", "seed", "amp", *VARIANT_OPTIONS]
+    for name in RECIPE:
+        if name not in may_differ and options[name] != RECIPE[name]:
             raise UserError(f"not the paper's recipe ({name} {options[name]}, not {RECIPE[name]})")
 
 def variant_of(options):
@@ -108,7 +113,7 @@ def options_of(records):
 def accuracies(records):
     return [record["test_accuracy"] for record in records]
 
-def prune_rows(records, threshold):
+def rows_below(records, threshold):
     """The row of this threshold in the table "prune" of each record that has one."""
     rows = []
     for record in records:
@@ -117,7 +122,7 @@ def prune_rows(records, threshold):
             rows.append(by_threshold[threshold])
     return rows
 
-def disabled(records, kind):
+def disabled_shares(records, kind):
     """The disabled features behind this kind of ReLU, in percent, of each record that has them."""
     shares = []
     for record in records:
@@ -136,7 +141,7 @@ def print_table(title, alignment, header, rows):
     if not rows:
         return
     columns = []
-    for letter, *cells in zip(alignment, header, *rows):
+    for letter, *cells in zip(alignment, header, *rows, strict=True):
         width = max(3, *[len(cell) for cell in cells])
         if letter == "r":
             column = [cell.rjust(width) for cell in cells]
@@ -157,12 +162,6 @@ def spread(values):
     if n == 1:
         return f"{values[0]:.2f} (n=1)"
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (n={n})"
-
-def print_depth(runs, published):
-    print_networks("Depth", DEEP, runs, published)
-
-def print_width(runs, published):
-    print_networks("Width", ["resnet14", *WIDE], runs, published)
 
 def print_networks(title, archs, runs, published):
     """A row for each network: only BatchNorm trained, then everything; ours, then published."""
@@ -222,15 +221,16 @@ def print_normalizations(runs):
     rows = []
     for (arch, _), records in runs.items():
         options = options_of(records)
-        norm = options["norm"]
-        others = differences(options)
-        others.pop("norm", None)   # these two have columns of their own
-        others.pop("lr", None)
-        trains = ", ".join([options["train"], *others.values()])
-        if arch in archs and (norm != "batch" or trains == "bn"):
-            small = [row["pruned"] for row in prune_rows(records, 0.01)]
-            rows.append([arch, norm, str(options["lr"]), trains, spread(accuracies(records)),
-                         spread(small), spread(disabled(records, "all"))])
+        words = [options["train"]]
+        for name in ("bn_init", "weight_init"):   # norm and lr have columns of their own
+            if options[name] != RECIPE[name]:
+                words.append(options[name])
+        trains = ", ".join(words)
+        if arch in archs and (options["norm"] != "batch" or trains == "bn"):
+            small = [row["pruned"] for row in rows_below(records, 0.01)]
+            rows.append([arch, options["norm"], str(options["lr"]), trains,
+                         spread(accuracies(records)), spread(small),
+                         spread(disabled_shares(records, "all"))])
     header = ["network", "norm", "learning rate", "what trains", "accuracy",
               "gammas below 0.01 (%)", "disabled features (%)"]
     print_table("Other normalizations", "llrlrrr", header, rows)
@@ -238,7 +238,7 @@ def print_normalizations(runs):
 def print_disabled(runs):
     rows = []
     for (arch, variant), records in runs.items():
-        cells = [spread(disabled(records, kind)) for kind in RELUS]
+        cells = [spread(disabled_shares(records, kind)) for kind in RELUS]
         if any(cell != "-" for cell in cells):
             rows.append([arch, variant, *cells])
     header = ["network", "what trains", *RELUS]
@@ -251,7 +251,7 @@ def print_pruning(runs):
     for (arch, variant), records in runs.items():
         n = sum("prune" in record for record in records)
         if n > 0:
-            cells = [pruning_cell(prune_rows(records, threshold)) for threshold in thresholds]
+            cells = [pruning_cell(rows_below(records, threshold)) for threshold in thresholds]
             rows.append([arch, variant, str(n), *cells])
     title = ("Gammas below a threshold set to zero: "
              "change of accuracy in points (share of gammas, %)")
@@ -273,10 +273,11 @@ def print_runs(runs):
             options = record["options"]
             about_run = [arch, variant, str(options["seed"]), options["amp"],
                          f"{record['test_accuracy']:.2f}", f"{record['seconds'] / 3600:.2f}"]
+            blank = [""] * len(about_run)
             for session in sessions_with_epochs(record):
                 rows.append([*about_run, str(session["first_epoch"]), session["hardware"],
                              session["torch"], short_commit(session["commit"])])
-                about_run = [""] * len(about_run)
+                about_run = blank   # after its first row
     header = ["network", "what trains", "--seed", "--amp", "accuracy", "hours",
               "from epoch", "hardware", "torch", "commit"]
     print_table("Runs", "llrlrrrlll", header, rows)
@@ -301,9 +302,6 @@ def print_left_out(left_out):
     print_table("Left out", "ll", ["file", "reason"], left_out)
 
 # --- one network
-
-# The kinds of ReLUs, and how their names in the network end: all of them with "".
-RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
 def print_network(path, args):
     """Print gamma and beta of a checkpoint and, with --activations, how often its ReLUs fire."""
@@ -351,8 +349,8 @@ def relu_table(model, images, labels, amp):
 
     def count(module, inputs, output):
         """output: (B, C, H, W)"""
-        shares = (output > 0).float().mean((2, 3))
-        fires[module] += shares.sum(0).cpu().double()
+        share_of_image = (output > 0).float().mean((2, 3))   # (B, C)
+        fires[module] += share_of_image.sum(0).cpu().double()
 
     hooks = []
     for module in model.modules():
@@ -544,7 +542,7 @@ def draw_pruning(runs):
         shares = []
         means = []
         for threshold in THRESHOLDS:
-            rows = prune_rows(records, threshold)
+            rows = rows_below(records, threshold)
             if rows:
                 shares.append(np.mean([row["pruned"] for row in rows]))
                 means.append(np.mean([row["test_accuracy"] for row in rows]))
@@ -613,8 +611,8 @@ def print_or_draw_results(args):
         draw(runs, published, pathlib.Path(args.plot or args.results / "figures"))
         return
     log(INTRODUCTION, end="")
-    print_depth(runs, published)
-    print_width(runs, published)
+    print_networks("Depth", DEEP, runs, published)
+    print_networks("Width", ["resnet14", *WIDE], runs, published)
     print_what_trains(runs, published)
     print_normalizations(runs)
     print_disabled(runs)

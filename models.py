@@ -128,7 +128,7 @@ def gammas_and_betas(model):
     """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,).
 
     With weight normalization, gamma is the gain of a convolution. Any other layer whose `weight`
-    has one dimension is a normalization: gamma is its weight, beta its `bias`.
+    has one dimension is a normalization: gamma is its weight, beta its `bias`, which it must have.
     """
     layers = []
     for name, module in model.named_modules():
@@ -146,8 +146,9 @@ def gammas_and_betas(model):
 def initialize(model, seed, bn_init, weight_init):
     """Draw all initial values as the paper's code does (OpenLTH: kaiming_normal, uniform).
 
-    Convolutions and the linear weight: N(0, 2 / fan_in). Linear bias: U(-b, b), b = fan_in ** -0.5
-    (PyTorch's default). Gamma: U(0, 1), beta: 0; with weight normalization, gain = gamma |v|.
+    By default: convolutions and the linear weight N(0, 2 / fan_in), gamma U(0, 1), beta 0. Always:
+    the linear bias U(-b, b), b = fan_in ** -0.5 (PyTorch's default), and with weight normalization,
+    gain = gamma |v|.
     All draws come from NumPy's legacy RandomState, module by module, because its stream is frozen
     (NEP 19): a name and a seed mean the same features on every machine and in every version.
     """
@@ -201,7 +202,7 @@ def kaiming_uniform(z, std):
     return math.sqrt(3) * std * torch.erf(torch.from_numpy(z) / math.sqrt(2)).numpy()
 
 def orthogonal(z, std):
-    """Orthonormal rows, or columns if there are more rows, whatever std, as nn.init.orthogonal_."""
+    """Orthonormal rows, or columns if there are more rows. As nn.init.orthogonal_, without std."""
     rows = z.reshape(len(z), -1)
     wide = rows.shape[0] < rows.shape[1]
     q, r = np.linalg.qr(rows.T if wide else rows)
@@ -224,7 +225,7 @@ def fingerprint(tensors):
     """Two sums that tell drawn weights apart: of |w|, and of w times its position in 0 .. 1."""
     magnitude, moment = 0.0, 0.0
     for tensor in tensors:
-        w = tensor.detach().cpu().double().flatten()
+        w = tensor.cpu().double().flatten()
         position = torch.linspace(0, 1, len(w), dtype=torch.float64, device="cpu")
         magnitude += w.abs().sum().item()
         moment += torch.dot(w, position).item()
@@ -260,7 +261,8 @@ class SwitchNorm2d(nn.BatchNorm2d):
     """Switchable normalization of (B, C, H, W) (arXiv 1806.10779).
 
     Means and variances are weighted sums of those of instance, layer and batch normalization. The
-    weights are softmax(switch[:3]) for the means and softmax(switch[3:]) for the variances.
+    weights are softmax(switch[:3]) for the means and softmax(switch[3:]) for the variances. Gamma,
+    beta, and the running statistics are those of BatchNorm2d.
     """
 
     def __init__(self, c):
@@ -278,15 +280,16 @@ class SwitchNorm2d(nn.BatchNorm2d):
         if self.training:
             mean_bn = mean_in.mean(0, keepdim=True)                 # (1, C, 1, 1)
             var_bn = variance(mean_bn, square_in.mean(0, keepdim=True))
-            self.running_mean.lerp_(mean_bn.detach().flatten(), 0.1)
-            self.running_var.lerp_(var_bn.detach().flatten(), 0.1)   # biased, unlike BatchNorm's
+            self.running_mean.lerp_(mean_bn.detach().flatten(), self.momentum)
+            # The biased variance, unlike BatchNorm's.
+            self.running_var.lerp_(var_bn.detach().flatten(), self.momentum)
         else:
             mean_bn = self.running_mean[:, None, None]
             var_bn = self.running_var[:, None, None]
-        for_mean = self.switch[:3].softmax(0)
-        for_var = self.switch[3:].softmax(0)
-        mean = for_mean[0] * mean_in + for_mean[1] * mean_ln + for_mean[2] * mean_bn
-        var = for_var[0] * var_in + for_var[1] * var_ln + for_var[2] * var_bn
+        mean_weights = self.switch[:3].softmax(0)
+        var_weights = self.switch[3:].softmax(0)
+        mean = mean_weights[0] * mean_in + mean_weights[1] * mean_ln + mean_weights[2] * mean_bn
+        var = var_weights[0] * var_in + var_weights[1] * var_ln + var_weights[2] * var_bn
         scale = self.weight[:, None, None] * (var + self.eps).rsqrt()
         shift = self.bias[:, None, None] - mean * scale
         return torch.addcmul(shift, features, scale).to(x.dtype)

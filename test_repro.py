@@ -54,7 +54,7 @@ def batch(n=16, first=0, dtype=torch.float32):
     """Normalized training images (n, 3, 32, 32) and their labels (n,)."""
     images = TRAIN_IMAGES[first:first + n]
     labels = TRAIN_LABELS[first:first + n]
-    return train.normalize(images, dtype), labels
+    return train.normalize(images).to(dtype), labels
 
 def command_line(*words):
     """The arguments of train.py with nothing but these words."""
@@ -455,9 +455,9 @@ def test_weight_norm_starts_with_the_gammas_of_batch_norm():
     torch.testing.assert_close(weight_norm.conv.gain, batch_norm.bn.weight * length)
 
 @pytest.mark.parametrize("option, name", [
-    *itertools.product(["norm"], models.NORMS),
-    *itertools.product(["bn_init"], models.BN_INITS),
-    *itertools.product(["weight_init"], models.WEIGHT_INITS),
+    *[("norm", name) for name in models.NORMS],
+    *[("bn_init", name) for name in models.BN_INITS],
+    *[("weight_init", name) for name in models.WEIGHT_INITS],
 ])
 def test_initial_values_come_from_the_seed_alone(option, name):
     """They are finite, and PyTorch's own generator has no part in them."""

@@ -54,7 +54,7 @@ MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
 
 def load_data(dataset, data_dir, seed):
-    """((train images, train labels), (test images, test labels)) of "cifar10" or "synthetic".
+    """[(train images, train labels), (test images, test labels)] of "cifar10" or "synthetic".
 
     Images are uint8 (N, 32, 32, 3), labels int64 (N,), on the CPU. The seed is that of the
     synthetic images. Raises UserError if CIFAR-10 is not in data_dir and can't be put there.
@@ -93,18 +93,18 @@ def augment(padded, index, offset, flip):
     gathered = padded.view(-1, 3).index_select(0, pixels.flatten())    # (B * 32 * 32, 3)
     return gathered.view(len(index), 32, 32, 3)
 
-def normalize(images, dtype=torch.float32):
-    """(x / 255 - MEAN) / STD: uint8 (B, 32, 32, 3) -> `dtype` (B, 3, 32, 32), channels_last."""
-    factor, summand = row_constants(dtype, images.device)
-    rows = images.flatten(2).to(dtype)   # (B, 32, 96), because vectors of 3 channels would be slow
+def normalize(images):
+    """(x / 255 - MEAN) / STD: uint8 (B, 32, 32, 3) -> float32 (B, 3, 32, 32), channels_last."""
+    factor, summand = row_constants(images.device)
+    rows = images.flatten(2).float()   # (B, 32, 96), because vectors of 3 channels would be slow
     normalized = torch.addcmul(summand, rows, factor).view(images.shape)
     return normalized.permute(0, 3, 1, 2)
 
 @functools.cache   # because copying to a GPU in every step would make the host wait
-def row_constants(dtype, device):
+def row_constants(device):
     """The factors and summands of `normalize` for a row of 32 pixels: (2, 96)."""
     channels = np.stack([1 / (255 * STD), -MEAN / STD])   # (2, 3)
-    return torch.tensor(np.tile(channels, 32), dtype=dtype, device=device)
+    return torch.tensor(np.tile(channels, 32), dtype=torch.float32, device=device)
 
 # --- what trains
 
@@ -176,7 +176,11 @@ def freeze(model, trains, seed):
     if trains == "random":
         train_two_weights_per_channel(model, seed)
         return
-    for parameter in parameters_of(model, PRESETS.get(trains, trains.split("+"))):
+    if trains in PRESETS:
+        groups = PRESETS[trains]
+    else:
+        groups = trains.split("+")
+    for parameter in parameters_of(model, groups):
         parameter.requires_grad_(True)
 
 def build(options):
@@ -264,9 +268,9 @@ def train(args):
         scaler.load_state_dict(checkpoint["scaler"])
         rng.set_state(checkpoint["rng"])
     try:
-        save(args.out, run, model, optimizer, scaler, rng)   # the record, too
+        save(args.out, run, model, optimizer, scaler, rng)   # marks the record as this process's
         train_epochs(model, optimizer, scaler, rng, run, args)
-    except BaseException:   # an interrupt, too
+    except BaseException:   # KeyboardInterrupt is no Exception
         give_back_if_empty(args.out, run)
         raise
 
@@ -391,9 +395,9 @@ class TwoWeightsConv2d(nn.Conv2d):
         fan_in = conv.weight[0].numel()
         first = rng.randint(0, fan_in, c_out)
         second = rng.randint(0, fan_in - 1, c_out)
-        second += second >= first   # uniform over the other fan_in - 1
-        chosen = np.stack([first, second], axis=1) + fan_in * np.arange(c_out)[:, None]
-        chosen = torch.from_numpy(chosen.flatten()).to(conv.weight.device, torch.int64)
+        second = np.where(second < first, second, second + 1)   # uniform over the other fan_in - 1
+        places = np.stack([first, second], axis=1) + fan_in * np.arange(c_out)[:, None]
+        chosen = torch.from_numpy(places.flatten()).to(conv.weight.device, torch.int64)
         self.register_buffer("chosen", chosen, persistent=False)   # places in the flattened weight
         self.values = nn.Parameter(conv.weight.detach().flatten()[chosen])
 
@@ -672,6 +676,7 @@ def load_checkpoint(path):
     Returns the network, in evaluation mode on the CPU, and the content of the file, a dict, see
     `checkpoint_bytes`. Raises UserError if the file is invalid, an OSError if it can't be opened.
     """
+    open(path, "rb").close()   # raises an OSError if that is impossible
     try:
         with zipfile.ZipFile(path) as archive:   # torch.load does not look at the checksums
             require(archive.testzip() is None, "its checksums do not match")
@@ -688,8 +693,6 @@ def load_checkpoint(path):
         require(np.allclose(drawn, checkpoint["fingerprint"], rtol=0, atol=1e-9 * drawn[0]),
                 "its seed draws other weights now")
         model.load_state_dict(checkpoint["model"], strict=False)   # the seed gave the others
-    except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
-        raise
     except Exception as error:   # whatever a damaged file makes the readers raise
         if is_out_of_memory(error):
             raise
@@ -946,7 +949,7 @@ def synthetic_data(seed):
         images += rng.randint(0, 64, images.shape, dtype=np.uint8)
         return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), to_labels(labels)
 
-    return draw(10_000), draw(2_000)
+    return [draw(10_000), draw(2_000)]
 
 # --- benchmark
 
@@ -962,7 +965,7 @@ def benchmark(args):
     optimizer, scaler = prepare(model, args)
     step = functools.partial(train_step, model, optimizer, scaler, args.amp)
     if args.device.type == "cuda" and not args.plain:
-        step = make_fast(step, model, optimizer, scaler, [size, size])
+        step = make_fast(step, model, optimizer, scaler, size, size)
     images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, device=args.device)
     labels = torch.randint(0, 10, (size,), dtype=torch.int64, device=args.device)
     seconds = []
@@ -1108,6 +1111,9 @@ RECIPE = {
     "amp": "auto",
 }
 
+# Those that make a run a variant of its own, with a file name and a row in the tables.
+VARIANT_OPTIONS = ["norm", "bn_init", "weight_init", "lr"]
+
 # The functions that read the options from text.
 OPTIONS = {
     "arch": parse_arch_name,
@@ -1180,7 +1186,8 @@ def make_parser():
     add("amp", "NAME", "bf16, fp16, off, or auto: bf16 on CUDA (fp16 if the GPU is older), "
         "off elsewhere")
     parser.add_argument("--plain", action="store_true",
-                        help="no channels_last, fused optimizer, compilation, CUDA graphs")
+                        help="train without channels_last, fused optimizer, compilation, "
+                             "CUDA graphs")
     parser.add_argument("--benchmark", type=argument(number(int, 1, 1_000_000)), nargs="?",
                         const=50, metavar="N", help="time N (50) steps instead of training")
     parser.add_argument("--out", type=os.path.expanduser, metavar="x.pt",
@@ -1220,9 +1227,9 @@ def default_out(args):
     return f"runs/{'-'.join(words)}.pt"
 
 def differences(options):
-    """Those options that make a run a variant of its own, where they are not the recipe's."""
+    """Those of VARIANT_OPTIONS that are not the recipe's."""
     differing = {}
-    for name in ("norm", "bn_init", "weight_init", "lr"):
+    for name in VARIANT_OPTIONS:
         if options[name] != RECIPE[name]:
             differing[name] = options[name]
     return differing
