@@ -840,7 +840,7 @@ def test_two_parts_of_bn_are_refused(text, tiny, capsys):
     """So that what trains has one name. With --norm switchable, bn is more than gamma and beta."""
     line = error_of(capsys, 2, train, *SMALL, "--train", text)
     assert line == (f"train.py: error: argument --train: {text}: "
-                    "only one of bn (gamma and beta), gamma, beta, shortcut-bn")
+                    "only one of bn, gamma, beta, shortcut-bn")
 
 @pytest.mark.parametrize("mode, count", [
     ("all", 175_258),
@@ -858,6 +858,16 @@ def test_trained_counts(mode, count):
     model = built("--train", mode, "--arch", "resnet14")
     assert len(trained_vector(model)) == count
     assert train.count_parameters(model)["trained"] == count
+def test_convolutions_of_other_sizes_train_with_their_group():
+    """Someone who changes the network has all of it trained by --train all."""
+    model = models.ResNet(8)
+    model.conv = nn.Conv2d(3, 16, 5, padding=2, bias=False)
+    model.stage2[0].shortcut[0] = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+    in_shortcuts = [model.stage2[0].shortcut[0].weight, model.stage3[0].shortcut[0].weight]
+    assert [*map(id, train.parameters_of(model, ["shortcut"]))] == [*map(id, in_shortcuts)]
+    in_all = train.parameters_of(model, train.PRESETS["all"])
+    assert [*map(id, in_all)] == [*map(id, model.parameters())]
+
 
 def test_random_does_not_go_with_weight_norm(tiny, capsys):
     line = error_of(capsys, 2, train, *SMALL, "--train", "random", "--norm", "weight")

@@ -112,8 +112,8 @@ def row_constants(device):
 # has in the network, such as "stage2.0.shortcut.1.weight".
 
 def in_conv(module, name):
-    """Weights of 3x3 convolutions."""
-    is_conv = isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+    """Weights of the convolutions, but for those of the shortcuts."""
+    is_conv = isinstance(module, nn.Conv2d) and ".shortcut." not in name
     return is_conv and name.endswith(".weight")
 
 def in_bn(module, name):
@@ -131,8 +131,8 @@ def in_beta(module, name):
     return in_bn(module, name) and name.endswith(".bias")
 
 def in_shortcut(module, name):
-    """Weights of 1x1 convolutions; their BatchNorm is not counted, as in the paper's table."""
-    is_shortcut = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    """Weights of the shortcuts' convolutions, without BatchNorm, as the paper's table counts."""
+    is_shortcut = isinstance(module, nn.Conv2d) and ".shortcut." in name
     return is_shortcut and name.endswith(".weight")
 
 def in_shortcut_bn(module, name):
@@ -152,6 +152,7 @@ GROUPS = {
     "shortcut-bn": in_shortcut_bn,
     "output": in_output,
 }
+PARTS_OF_BN = ["bn", "gamma", "beta", "shortcut-bn"]   # these overlap: --train takes one of them
 PRESETS = {
     "all": ["conv", "bn", "shortcut", "output"],
     "not-bn": ["conv", "shortcut", "output"],
@@ -1081,9 +1082,7 @@ def parse_train(text):
     once = len(set(names)) == len(names)
     require(known and once, f"not {', '.join(PRESETS)}, random, or some of {', '.join(GROUPS)} "
                             f"joined by +, each once")
-    parts_of_bn = {"bn", "gamma", "beta", "shortcut-bn"}
-    require(len(parts_of_bn & set(names)) <= 1,
-            "only one of bn (gamma and beta), gamma, beta, shortcut-bn")
+    require(len(set(names) & set(PARTS_OF_BN)) <= 1, f"only one of {', '.join(PARTS_OF_BN)}")
     ordered = [group for group in GROUPS if group in names]
     for preset, groups in PRESETS.items():
         if ordered == groups:
