@@ -262,14 +262,15 @@ def train(args):
     run["sessions"].append(new_session(run, args))
     optimizer, scaler = prepare(model, args)
     rng = torch.Generator("cpu").manual_seed(args.seed)
-    if checkpoint is None:   # the name is taken from here on
-        claim(args.out, checkpoint_bytes(run, model, optimizer, scaler, rng))
+    if checkpoint is None:
+        claim(args.out)
     else:
         load_momentum(optimizer, checkpoint)
         scaler.load_state_dict(checkpoint["scaler"])
         rng.set_state(checkpoint["rng"])
     try:
-        save(args.out, run, model, optimizer, scaler, rng)   # marks the record as this process's
+        # Marks the run as this process's, and finds out whether its files can be written.
+        save(args.out, run, model, optimizer, scaler, rng)
         train_epochs(model, optimizer, scaler, rng, run, args)
     except BaseException:   # KeyboardInterrupt is no Exception
         give_back_if_empty(args.out, run)
@@ -824,24 +825,14 @@ def report_finished(path, run):
 # of its session. Before it writes again, it looks whether another process has marked it since,
 # by --resume, and leaves the run to that one.
 
-def claim(path, content):
-    """Create the checkpoint of a new run. Raises UserError if the name is taken.
-
-    content: the state before the first epoch, from which --resume continues if this process is
-    killed before it has written anything else.
-    """
+def claim(path):
+    """Create the file of a new run's checkpoint, empty. Raises UserError if the name is taken."""
     advice = "choose another --out, or delete it"
     record = record_path(path)
     if os.path.exists(record) and not path.exists():   # Path.exists() fails on a name too long
         raise UserError(f"{record} exists without its checkpoint: {advice}", 2)
     try:
-        with open(path, "xb") as file:
-            try:
-                file.write(content)
-                file.flush()
-            except BaseException:   # a full disk, an interrupt
-                path.unlink()
-                raise
+        open(path, "xb").close()
     except FileExistsError:
         raise UserError(f"{path} exists: continue it by --resume, {advice}", 2) from None
     except OSError as error:
