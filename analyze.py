@@ -56,7 +56,8 @@ def read_results(folder):
         options = record["options"]
         alike = runs.setdefault((options["arch"], variant_of(options)), [])
         if options["seed"] in [other["options"]["seed"] for other in alike]:
-            left_out.append([record["file"].name, "another run of the same seed"])
+            reason = "another run of the same seed (for another precision, use another folder)"
+            left_out.append([record["file"].name, reason])
         else:
             alike.append(record)
     return runs, sorted(left_out)
@@ -70,17 +71,16 @@ def read_records(folder):
             record = read_record(file)
             check_recipe(record["options"])
             records.append({**record, "file": file})
-        except (UserError, OSError) as error:
-            reason = str(error).removeprefix(f"{file} is ")
-            left_out.append([file.name, one_line(reason)])
+        except (ValueError, OSError) as error:
+            left_out.append([file.name, one_line(error)])
     return records, left_out
 
 def check_recipe(options):
-    """Raise UserError if an option differs that no row of the tables would show."""
+    """Raise ValueError if an option differs that no row of the tables would show."""
     may_differ = ["arch", "train", "seed", "amp", *VARIANT_OPTIONS]
     for name in RECIPE:
         if name not in may_differ and options[name] != RECIPE[name]:
-            raise UserError(f"not the paper's recipe ({name} {options[name]}, not {RECIPE[name]})")
+            raise ValueError(f"not the paper's recipe ({name} {options[name]}, not {RECIPE[name]})")
 
 def variant_of(options):
     """What trains, and how else a run differs from the recipe, such as "bn, layer, lr 0.03"."""

@@ -53,7 +53,10 @@ def prune_table(model, images, labels, amp, thresholds):
     return rows
 
 def prepare_test(model, checkpoint, args):
-    """Move a network to args.device. Returns the test images, their labels, and the precision."""
+    """Move a network to args.device, and load the test data.
+
+    Returns the images, their labels, and the precision to evaluate in, that of the training.
+    """
     options = checkpoint["options"]
     amp = evaluation_amp(options["amp"], args.device)
     set_full_fp32()
@@ -72,10 +75,14 @@ def add_to_record(path, checkpoint, name, table):
     try:
         record = read_record(record_file)
         if record["epochs"] != checkpoint["epochs"]:
-            log(f"not added to the record: {record_file} is of another run")
-        elif name not in record:
+            log(f"not added to the record: {record_file} has other epochs than the checkpoint")
+        elif name in record:
+            log(f"{record_file} has this table already")
+        else:
             write_record(path, {**record, name: table})
             log(f"added to {record_file}")
+    except ValueError as error:
+        log(f"not added to the record: {record_file} is {error}")
     except (UserError, OSError) as error:
         log(f"not added to the record: {error}")
 
@@ -86,7 +93,8 @@ def print_rows(path, checkpoint, rows):
         f"epoch {done} of {options['epochs']}")
     log("  |gamma| <   gammas zeroed   test accuracy   change")
     for row in rows:
-        log("{threshold:11g}{pruned:14.2f} %{test_accuracy:14.2f} %{change:+9.2f}".format(**row))
+        log(f"{row['threshold']:11g}{row['pruned']:14.2f} %{row['test_accuracy']:14.2f} %"
+            f"{row['change']:+9.2f}")
 
 def main():
     parser = argparse.ArgumentParser(

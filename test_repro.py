@@ -857,6 +857,7 @@ def test_trained_counts(mode, count):
     model = built("--train", mode, "--arch", "resnet14")
     assert len(trained_vector(model)) == count
     assert train.count_parameters(model)["trained"] == count
+
 def test_convolutions_of_other_sizes_train_with_their_group():
     """Someone who changes the network has all of it trained by --train all."""
     model = models.ResNet(8)
@@ -866,7 +867,6 @@ def test_convolutions_of_other_sizes_train_with_their_group():
     assert [*map(id, train.parameters_of(model, ["shortcut"]))] == [*map(id, in_shortcuts)]
     in_all = train.parameters_of(model, train.PRESETS["all"])
     assert [*map(id, in_all)] == [*map(id, model.parameters())]
-
 
 def test_random_does_not_go_with_weight_norm(tiny, capsys):
     line = error_of(capsys, 2, train, *SMALL, "--train", "random", "--norm", "weight")
@@ -1531,7 +1531,7 @@ def test_files_are_written_before_the_first_epoch_and_after_each(tiny, monkeypat
     def watched_step(*args):
         done = len(epochs_of("a.pt"))
         seen.append(done)
-        with pytest.raises(train.UserError, match=f"{done} of 3 epochs are done"):
+        with pytest.raises(ValueError, match=f"{done} of 3 epochs are done"):
             train.read_record(pathlib.Path("a.json"))
         return step(*args)
 
@@ -1889,7 +1889,7 @@ def test_damaged_records_are_refused(keys, value, says, checkpoint):
     record = json.loads(path.read_text())
     put(record, keys, value)
     path.write_text(json.dumps(record))
-    with pytest.raises(train.UserError, match=f"^a.json is not the record of a .*{says}"):
+    with pytest.raises(ValueError, match=f"^not the record of a finished run .*{says}"):
         train.read_record(path)
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"name": "package"}', "\0"])
@@ -1897,7 +1897,7 @@ def test_other_files_are_no_records(text, tmp_path):
     """A folder of results may hold any JSON."""
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(train.UserError, match="is not the record of a finished run"):
+    with pytest.raises(ValueError, match="^not the record of a finished run"):
         train.read_record(path)
 
 def assert_refused(path):
@@ -1991,8 +1991,8 @@ def test_prune_adds_its_table_to_the_record(checkpoint, capsys):
         assert cells[0] == f"{row['threshold']:g}"
         assert cells[3] == f"{row['test_accuracy']:.2f}"
 
-def test_prune_adds_its_table_once(checkpoint):
-    """A table that the record has stays."""
+def test_prune_adds_its_table_once(checkpoint, capsys):
+    """A table that the record has stays, and a line says so."""
     path = pathlib.Path("a.json")
     record = json.loads(path.read_text())
     record["prune"] = [{"threshold": 0.0, "change": 1.5}]
@@ -2000,6 +2000,7 @@ def test_prune_adds_its_table_once(checkpoint):
     path.write_text(kept)
     assert run_script(prune, "a.pt") == 0
     assert path.read_text() == kept
+    assert capsys.readouterr().out.endswith("a.json has this table already\n")
 
 def test_prune_leaves_the_record_of_another_run(checkpoint, capsys):
     """The table is printed all the same."""
@@ -2011,7 +2012,8 @@ def test_prune_leaves_the_record_of_another_run(checkpoint, capsys):
         assert run_script(prune, "a.pt") == 0
         assert path.read_text() == kept
         lines = capsys.readouterr().out.splitlines()
-        assert re.match("not added to the record: .*a.json is (not|of another)", lines[-1])
+        reason = "is not the record of a finished run|has other epochs"
+        assert re.match(f"not added to the record: .*a.json ({reason})", lines[-1])
         assert len(lines) == 1 + 2 + 7
 
 # --- errors
@@ -2246,7 +2248,7 @@ def test_unfinished_runs(path):
     """Their checkpoints load, and their records are refused as unfinished."""
     _, checkpoint = train.load_checkpoint(path)
     done = len(checkpoint["epochs"])
-    with pytest.raises(train.UserError, match=f"{done} of 160 epochs are done"):
+    with pytest.raises(ValueError, match=f"{done} of 160 epochs are done"):
         train.read_record(path.with_suffix(".json"))
 
 SHALLOW = sorted((HERE / "results").glob("resnet[13]?-*.pt"))   # deeper ones would take minutes
@@ -2478,7 +2480,7 @@ def test_sessions_that_trained_no_epoch_are_not_shown(tiny, capsys):
     assert [row["commit"] for row in rows] == ["not in git", "not in git"]
 
 @pytest.mark.parametrize("words, entries, reason", [
-    ("--bn-only", {}, "another run of the same seed"),
+    ("--bn-only", {}, "another run of the same seed (for another precision, use another folder)"),
     ("--bn-only --seed 2 --epochs 2", {}, "not the paper's recipe (epochs 2, not 160)"),
     ("--bn-only --seed 2 --batch-size 64", {}, "not the paper's recipe (batch_size 64, not 128)"),
     ("--bn-only --seed 2 --lr 0.03 --weight-decay 0", {},

@@ -637,8 +637,8 @@ def write_record(checkpoint_path, record):
 def read_record(path):
     """The record of a finished run, see make_record.
 
-    Raises UserError if the file is none, an OSError if it can't be opened. The tables that prune.py
-    and analyze.py have added are taken as they are.
+    Raises ValueError if the file is none, an OSError if it can't be opened. The tables that
+    prune.py and analyze.py have added are taken as they are.
     """
     try:
         record = json.loads(path.read_bytes())
@@ -655,7 +655,7 @@ def read_record(path):
     except OSError:
         raise
     except Exception as error:   # whatever a file leads to
-        raise UserError(f"{path} is not the record of a finished run ({one_line(error)})") from None
+        raise ValueError(f"not the record of a finished run ({one_line(error)})") from None
     return record
 
 def write(path, content):
