@@ -123,7 +123,7 @@ def rows_below(records, threshold):
     return rows
 
 def disabled_shares(records, kind):
-    """The disabled features behind this kind of ReLU, in percent, of each record that has them."""
+    """The disabled features of this kind of ReLU, in percent, of each record that has them."""
     shares = []
     for record in records:
         by_kind = {row["relu"]: row for row in record.get("activations", [])}
@@ -140,21 +140,20 @@ def print_table(title, alignment, header, rows):
     """
     if not rows:
         return
-    columns = []
+    widths = []
+    rule = []
     for letter, *cells in zip(alignment, header, *rows, strict=True):
         width = max(3, *[len(cell) for cell in cells])
-        if letter == "r":
-            column = [cell.rjust(width) for cell in cells]
-            column.insert(1, "-" * (width - 1) + ":")
-        else:
-            column = [cell.ljust(width) for cell in cells]
-            column.insert(1, "-" * width)
-        columns.append(column)
+        widths.append(width)
+        rule.append("-" * (width - 1) + (":" if letter == "r" else "-"))
     log(f"\n## {title}\n")
-    for cells in zip(*columns):
-        log(f"| {' | '.join(cells)} |")
+    for row in [header, rule, *rows]:
+        padded = []
+        for letter, cell, width in zip(alignment, row, widths):
+            padded.append(cell.rjust(width) if letter == "r" else cell.ljust(width))
+        log(f"| {' | '.join(padded)} |")
 
-def spread(values):
+def mean_and_std(values):
     """Mean and sample standard deviation over n seeds as text, "-" if nothing was measured."""
     n = len(values)
     if n == 0:
@@ -174,7 +173,7 @@ def print_networks(title, archs, runs, published):
         row = [arch, f"{counts['all']:,}", f"{counts['bn']:,}"]
         for variant in ("bn", "all"):
             theirs = published.get((arch, variant), NOT_PUBLISHED)
-            ours = spread(accuracies(runs.get((arch, variant), [])))
+            ours = mean_and_std(accuracies(runs.get((arch, variant), [])))
             row += [ours, theirs["paper"], theirs["reproduction"]]
         rows.append(row)
     print_table(title, "lrrrrrrrr", header, rows)
@@ -195,7 +194,7 @@ def print_what_trains(runs, published):
             model = empty_model(arch)
             freeze(model, variant, seed=0)
             counts = count_parameters(model)
-        ours = spread(accuracies(records))
+        ours = mean_and_std(accuracies(records))
         rows.append([arch, variant, f"{counts['trained']:,}", ours, theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
@@ -229,8 +228,8 @@ def print_normalizations(runs):
         if arch in archs and (options["norm"] != "batch" or trains == "bn"):
             small = [row["pruned"] for row in rows_below(records, 0.01)]
             rows.append([arch, options["norm"], str(options["lr"]), trains,
-                         spread(accuracies(records)), spread(small),
-                         spread(disabled_shares(records, "all"))])
+                         mean_and_std(accuracies(records)), mean_and_std(small),
+                         mean_and_std(disabled_shares(records, "all"))])
     header = ["network", "norm", "learning rate", "what trains", "accuracy",
               "gammas below 0.01 (%)", "disabled features (%)"]
     print_table("Other normalizations", "llrlrrr", header, rows)
@@ -238,7 +237,7 @@ def print_normalizations(runs):
 def print_disabled(runs):
     rows = []
     for (arch, variant), records in runs.items():
-        cells = [spread(disabled_shares(records, kind)) for kind in RELUS]
+        cells = [mean_and_std(disabled_shares(records, kind)) for kind in RELUS]
         if any(cell != "-" for cell in cells):
             rows.append([arch, variant, *cells])
     header = ["network", "what trains", *RELUS]
@@ -322,7 +321,8 @@ def print_histogram(title, values):
     log(f"\n## {title}\n\n```")
     for edge, count in zip(edges, counts):
         share = 100 * count / len(values)
-        log(f"{edge + 0.025:+.2f} {share:6.2f} % {'#' * round(share)}".rstrip())
+        center = edge + 0.025
+        log(f"{center:+.2f} {share:6.2f} % {'#' * round(share)}".rstrip())
     beyond = 100 - 100 * counts.sum() / len(values)
     log(f"beyond{beyond:6.2f} %\n```")
 

@@ -54,7 +54,10 @@ class Block(nn.Module):
         return self.relu2(out)
 
 class ResNet(nn.Module):
-    """CIFAR ResNet of depth 6n + 2: (B, 3, 32, 32) normalized images -> (B, 10) logits."""
+    """CIFAR ResNet of depth 6n + 2: (B, 3, 32, 32) normalized images -> (B, 10) logits.
+
+    width: its stages have 16, 32 and 64 times as many channels; norm: a key of NORMS.
+    """
 
     def __init__(self, depth, width=1, norm="batch"):
         super().__init__()
@@ -92,7 +95,10 @@ def convolution(c_in, c_out, kernel_size, stride, norm):
     return nn.Conv2d(c_in, c_out, kernel_size, stride, padding, bias=False)
 
 def parse_arch(arch):
-    """The (depth, width) of a name such as `resnet866` or `wrn14-32`, or a ValueError."""
+    """The (depth, width) of a name such as `resnet866` or `wrn14-32`.
+
+    Raises ValueError for any other name.
+    """
     resnet = re.fullmatch(r"resnet([1-9][0-9]{0,3})", arch)
     wrn = re.fullmatch(r"wrn([1-9][0-9]{0,3})-([1-9][0-9]{0,2})", arch)
     if resnet:
@@ -108,7 +114,7 @@ def parse_arch(arch):
     return depth, width
 
 def empty_model(arch, norm="batch"):
-    """The network of this name without storage (on the meta device), to count its parameters."""
+    """The network of this name on the meta device: shapes of parameters, without their values."""
     depth, width = parse_arch(arch)
     with torch.device("meta"):
         return ResNet(depth, width, norm)

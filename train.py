@@ -95,14 +95,14 @@ def augment(padded, index, offset, flip):
 
 def normalize(images):
     """(x / 255 - MEAN) / STD: uint8 (B, 32, 32, 3) -> float32 (B, 3, 32, 32), channels_last."""
-    factor, summand = row_constants(images.device)
+    scale, shift = row_constants(images.device)
     rows = images.flatten(2).float()   # (B, 32, 96), because vectors of 3 channels would be slow
-    normalized = torch.addcmul(summand, rows, factor).view(images.shape)
+    normalized = torch.addcmul(shift, rows, scale).view(images.shape)
     return normalized.permute(0, 3, 1, 2)
 
 @functools.cache   # because copying to a GPU in every step would make the host wait
 def row_constants(device):
-    """The factors and summands of `normalize` for a row of 32 pixels: (2, 96)."""
+    """The scales and shifts of `normalize` for a row of 32 pixels: (2, 96)."""
     channels = np.stack([1 / (255 * STD), -MEAN / STD])   # (2, 3)
     return torch.tensor(np.tile(channels, 32), dtype=torch.float32, device=device)
 
@@ -167,20 +167,20 @@ def parameters_of(model, groups):
                 parameters.append(parameter)
     return parameters
 
-def freeze(model, trains, seed):
-    """Let only those parameters require gradients that `trains`, a --train value, names.
+def freeze(model, what, seed):
+    """Let only those parameters require gradients that `what`, a --train value, names.
 
     "random" replaces the convolutions by ones of which two weights per channel train; the seed
     chooses them.
     """
     model.requires_grad_(False)
-    if trains == "random":
+    if what == "random":
         train_two_weights_per_channel(model, seed)
         return
-    if trains in PRESETS:
-        groups = PRESETS[trains]
+    if what in PRESETS:
+        groups = PRESETS[what]
     else:
-        groups = trains.split("+")
+        groups = what.split("+")
     for parameter in parameters_of(model, groups):
         parameter.requires_grad_(True)
 
@@ -311,14 +311,15 @@ def train_epochs(model, optimizer, scaler, rng, run, args):
             total_correct += correct
             if sys.stdout.isatty() and len(losses) % 10 == 1:
                 log(f"{epoch + 1:3}/{args.epochs}  image {begin:6,} of {n:,}", end="\r")
-        train_loss = sum(torch.stack(losses).tolist()) / n
+        batch_losses = torch.stack(losses).tolist()
+        train_loss = sum(batch_losses) / n
         train_seconds = time.perf_counter() - start_time
-
-        with torch.compiler.set_stance("force_eager"):   # other batch sizes are not worth compiling
-            test_accuracy = evaluate(model, test_images, test_labels, args.amp)
         if not math.isfinite(train_loss) or not is_finite(model):
             raise UserError(f"training diverged: the loss or a parameter is not finite in epoch "
                             f"{epoch + 1}, which is not saved; try a lower --lr, or --amp off")
+
+        with torch.compiler.set_stance("force_eager"):   # other batch sizes are not worth compiling
+            test_accuracy = evaluate(model, test_images, test_labels, args.amp)
         run["epochs"].append({
             "epoch": epoch + 1,
             "train_loss": train_loss,
@@ -336,9 +337,10 @@ def log_epoch(done, epochs):
     """Print the last of the epochs that are done, and how long the others will take."""
     seconds = np.mean([epoch["seconds"] for epoch in done[-10:]])
     time_left = datetime.timedelta(seconds=round((epochs - len(done)) * seconds))
-    log("{epoch:3}/{epochs:<3} {train_loss:11.4f} {train_accuracy:8.2f} % {test_accuracy:8.2f} % "
-        "{lr:7.4g} {seconds:8.1f} {images_per_second:9,.0f} {time_left!s:>10}".format(
-            **done[-1], epochs=epochs, time_left=time_left))
+    last = done[-1]
+    log(f"{last['epoch']:3}/{epochs:<3} {last['train_loss']:11.4f} "
+        f"{last['train_accuracy']:8.2f} % {last['test_accuracy']:8.2f} % {last['lr']:7.4g} "
+        f"{last['seconds']:8.1f} {last['images_per_second']:9,.0f} {time_left!s:>10}")
 
 def prepare(model, args):
     """Move the network to its device, in training mode, and return (optimizer, scaler).
@@ -478,7 +480,7 @@ def make_fast(step, model, optimizer, scaler, size, last_size):
     return fast_step or step
 
 def try_to_capture(step, size, last_size, part):
-    """The step as CUDA graphs, or None if that fails, which is said to be the fault of `part`."""
+    """The step as CUDA graphs. If that fails, print that `part` does, and return None."""
     try:
         return capture_all(step, size, last_size)
     except Exception as error:   # whatever compilers and drivers raise
@@ -580,7 +582,11 @@ def on_cpu(value):
     return value
 
 def save(path, run, model, optimizer, scaler, rng):
-    """Write the record, then the checkpoint, from which --resume continues."""
+    """Write the record, then the checkpoint, from which --resume continues.
+
+    In this order, because a checkpoint of the last epoch is not trained again: if the process were
+    killed in between, the record would lack that epoch for good.
+    """
     write_record(path, make_record(run))
     write(path, checkpoint_bytes(run, model, optimizer, scaler, rng))
 
@@ -692,7 +698,8 @@ def load_checkpoint(path):
         require(isinstance(checkpoint["sessions"], list), "its sessions are no list")
         model = build(options)
         drawn = fingerprint(frozen_parameters(model))
-        require(np.allclose(drawn, checkpoint["fingerprint"], rtol=0, atol=1e-9 * drawn[0]),
+        tolerance = 1e-9 * drawn[0]   # machines round differently, see `orthogonal`
+        require(np.allclose(drawn, checkpoint["fingerprint"], rtol=0, atol=tolerance),
                 "its seed draws other weights now")
         model.load_state_dict(checkpoint["model"], strict=False)   # the seed gave the others
     except Exception as error:   # whatever a damaged file makes the readers raise
@@ -735,8 +742,8 @@ def load_momentum(optimizer, checkpoint):
 def check_options(stored):
     """A file's options, checked as the command line is. One that it lacks has its default.
 
-    Raises ValueError if one is invalid or unknown, or if "train" or "amp", which have no default
-    that could be stored, is missing.
+    Raises ValueError if one is invalid or unknown, or if "train" or "amp" is missing: every
+    checkpoint holds these, and a guess would give the run another name.
     """
     require(set(stored) <= set(OPTIONS), f"unknown options {set(stored) - set(OPTIONS)}")
     require("train" in stored and stored.get("amp", "auto") != "auto", "it lacks train or amp")
@@ -1157,7 +1164,8 @@ def make_parser():
                             help=f"{help} (default: {RECIPE[name]})")
 
     add("arch", "NAME", "resnet<depth> or wrn<depth>-<width>, depth = 6n + 2")
-    group = parser.add_mutually_exclusive_group()   # with None as default, to notice both
+    # Without defaults here, because argparse does not notice both if the first has its default.
+    group = parser.add_mutually_exclusive_group()
     group.add_argument("--train", type=argument(parse_train), metavar="GROUPS",
                        help=f"what trains: {', '.join(PRESETS)}, random, or some of "
                             f"{', '.join(GROUPS)} joined by + (default: all)")
