@@ -6,6 +6,7 @@ import concurrent.futures
 import errno
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -1668,7 +1669,7 @@ def test_one_of_many_claims_succeeds(tmp_path):
     """Eight at the same moment, as by `srun -n 8`."""
     def claims(path):
         try:
-            train.claim(path)
+            train.claim(path, b"content")
             return True
         except train.UserError:
             return False
@@ -1677,6 +1678,19 @@ def test_one_of_many_claims_succeeds(tmp_path):
         for i in range(50):
             path = tmp_path / f"{i}.pt"
             assert sum(pool.map(claims, [path] * 8)) == 1
+
+def test_interrupted_claim_leaves_no_file(tmp_path, monkeypatch):
+    """A half-written checkpoint could neither be resumed nor begun again."""
+    class Interrupted(io.FileIO):
+        def write(self, content):
+            super().write(content[:2])
+            raise KeyboardInterrupt
+
+    path = tmp_path / "a.pt"
+    monkeypatch.setattr(train, "open", Interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        train.claim(path, b"content")
+    assert list(tmp_path.iterdir()) == []
 
 def test_record_without_its_checkpoint_is_kept(checkpoint, finished_run, capsys):
     """With --resume, too."""

@@ -263,7 +263,7 @@ def train(args):
     optimizer, scaler = prepare(model, args)
     rng = torch.Generator("cpu").manual_seed(args.seed)
     if checkpoint is None:
-        claim(args.out)
+        claim(args.out, checkpoint_bytes(run, model, optimizer, scaler, rng))
     else:
         load_momentum(optimizer, checkpoint)
         scaler.load_state_dict(checkpoint["scaler"])
@@ -832,18 +832,32 @@ def report_finished(path, run):
 # of its session. Before it writes again, it looks whether another process has marked it since,
 # by --resume, and leaves the run to that one.
 
-def claim(path):
-    """Create the file of a new run's checkpoint, empty. Raises UserError if the name is taken."""
+def claim(path, content):
+    """Create the checkpoint of a new run. Raises UserError if the name is taken.
+
+    content: the state before the first epoch, from which --resume continues if this process is
+    killed before it has written anything else.
+    """
     advice = "choose another --out, or delete it"
     record = record_path(path)
     if os.path.exists(record) and not path.exists():   # Path.exists() fails on a name too long
         raise UserError(f"{record} exists without its checkpoint: {advice}", 2)
     try:
-        open(path, "xb").close()
+        create(path, content)
     except FileExistsError:
         raise UserError(f"{path} exists: continue it by --resume, {advice}", 2) from None
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror})") from error
+
+def create(path, content):
+    """Write a new file, whole or not at all. Raises FileExistsError, or another OSError."""
+    file = open(path, "xb")
+    try:
+        with file:
+            file.write(content)
+    except BaseException:   # a full disk, an interrupt
+        path.unlink()
+        raise
 
 def last_writer(path):
     """The id of the last session in the record of a checkpoint, None if there is none."""
