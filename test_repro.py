@@ -239,12 +239,6 @@ def test_pinned_initial_values(arch, seed, sums):
     model = models.build_model(arch, seed)
     assert models.fingerprint(model.parameters()) == pytest.approx(sums, rel=1e-9)
 
-@pytest.mark.parametrize("arch, seed", [("resnet14", 0), ("wrn14-2", 7)])
-def test_another_seed_gives_other_initial_values(arch, seed):
-    one = models.fingerprint(models.build_model(arch, seed).parameters())
-    other = models.fingerprint(models.build_model(arch, 1).parameters())
-    assert one != pytest.approx(other, rel=1e-6)
-
 @pytest.mark.parametrize("arch", ["resnet14", "wrn8-2"])
 @pytest.mark.parametrize("training", [True, False])
 def test_forward_pass(arch, training):
@@ -259,7 +253,8 @@ def test_forward_pass(arch, training):
     torch.testing.assert_close(model(x), functional_forward(model, x), rtol=1e-10, atol=1e-10)
 
 def random_images():
-    return torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=rng)
 
 # --- normalizations
 
@@ -381,6 +376,7 @@ def size_norm(monkeypatch):
     monkeypatch.setitem(models.NORMS, "size", SizeNorm)
 
 def test_a_norm_of_ones_own_keeps_its_constructors_values(size_norm):
+    """Only its weight and bias are drawn, as the comment above NORMS says."""
     model = models.build_model("resnet8", 0, "size")
     for module in model.modules():
         if isinstance(module, SizeNorm):
@@ -688,6 +684,7 @@ def fp32_switches():
     return matmul, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision
 
 def test_importing_train_leaves_the_switches_alone(tf32):
+    """As someone expects who uses load_checkpoint in a program of his own."""
     before = fp32_switches()
     runpy.run_path(train.__file__)
     assert fp32_switches() == before == ("high", True, "tf32")
@@ -751,6 +748,7 @@ MODES = ["all", "not-bn", *combinations_of_groups(), "gamma", "beta", "gamma+out
 
 @pytest.mark.parametrize("mode", MODES)
 def test_exactly_the_right_parameters_change(mode):
+    """Those of the groups that --train names; the others keep every bit."""
     before, model = three_steps("--train", mode)
     assert_exactly_these_change(names_that_train(mode), before, model)
 
@@ -787,6 +785,12 @@ def test_random_changes_two_weights_per_channel():
     after = dict(model.named_parameters())
     for name, parameter in initial.named_parameters():
         assert torch.equal(after[name], parameter), name
+
+def test_pinned_places_of_the_random_weights():
+    """A seed chooses the weights of the first release: a checkpoint holds their values alone."""
+    model = built("--train", "random", "--arch", "resnet14")
+    assert model.conv.chosen[:4].tolist() == [21, 25, 43, 49]
+    assert model.stage3[1].conv2.chosen[-2:].tolist() == [36729, 36383]
 
 def test_random_starts_as_the_same_network():
     """Which of its weights train doesn't change what it computes."""
@@ -840,7 +844,7 @@ def test_two_parts_of_bn_are_refused(text, tiny, capsys):
     """So that what trains has one name. With --norm switchable, bn is more than gamma and beta."""
     line = error_of(capsys, 2, train, *SMALL, "--train", text)
     assert line == (f"train.py: error: argument --train: {text}: "
-                    "only one of bn, gamma, beta, shortcut-bn")
+                    f"only one of {', '.join(train.PARTS_OF_BN)}")
 
 @pytest.mark.parametrize("mode, count", [
     ("all", 175_258),
@@ -870,6 +874,7 @@ def test_convolutions_of_other_sizes_train_with_their_group():
     assert [*map(id, in_all)] == [*map(id, model.parameters())]
 
 def test_random_does_not_go_with_weight_norm(tiny, capsys):
+    """Its convolutions compute their weights, so there are none to choose from."""
     line = error_of(capsys, 2, train, *SMALL, "--train", "random", "--norm", "weight")
     assert line == "train.py: error: --train random does not go with --norm weight"
 
@@ -896,6 +901,7 @@ def test_steps_are_those_of_sgd():
     torch.testing.assert_close(parameters, gammas_betas, rtol=1e-9, atol=1e-12)
 
 def test_learning_rate_drops_after_epochs_80_and_120():
+    """The milestones of the paper's recipe, as OpenLTH has it."""
     rates = [train.learning_rate(0.1, epoch, 160) for epoch in range(160)]
     assert rates == [0.1] * 80 + [0.01] * 40 + [0.001] * 40
 
@@ -966,7 +972,29 @@ def test_an_epochs_loss_and_accuracy_are_those_of_its_steps(tiny, monkeypatch):
         assert epoch["train_loss"] == pytest.approx(np.average(losses, weights=[16, 16, 8]))
         assert epoch["train_accuracy"] == 100 * correct / 40
 
+def test_a_learning_rate_in_memory_stays_where_it_is():
+    """A CUDA graph reads it from the address that it had at the capture."""
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], rate)
+    train.set_learning_rate(optimizer, 0.01)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate == torch.tensor(0.01)
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_the_loss_is_not_in_half_precision(amp):
+    """Cross-entropy of logits in float32, as autocast has it."""
+    _, step, _, _ = prepared("--bn-only", "--amp", amp)
+    loss, _ = step(*batch())
+    assert loss.dtype == torch.float32
+
+@pytest.mark.parametrize("device, plain", [("mps", True), ("cpu", False)])
+def test_training_is_plain_on_apples_gpus(device, plain, monkeypatch):
+    """channels_last gives wrong gradients there (pytorch#175189)."""
+    monkeypatch.setattr(train, "parse_device", torch.device)
+    assert command_line("--device", device).plain == plain
+
 def test_defaults_are_the_papers():
+    """The recipe as OpenLTH has it; amp is ours."""
     args = command_line("--arch", "resnet866", "--bn-only", "--device", "cpu")
     assert options_of(args) == {
         "arch": "resnet866",
@@ -991,6 +1019,7 @@ def test_defaults_are_the_papers():
      "resnet14-all-layer-oneone-binary-s3.pt"),
 ])
 def test_default_name_tells_what_differs_from_the_recipe(words, name):
+    """Of what the tables of analyze.py show as runs of their own."""
     args = command_line("--device", "cpu", *words.split())
     assert args.out == pathlib.Path("runs", name)
 
@@ -1052,6 +1081,7 @@ def cpu_with(monkeypatch, *instructions):
     ("fp16", "amx_fp16"),
 ])
 def test_evaluation_keeps_a_precision_that_the_cpu_has(amp, instructions, monkeypatch, capsys):
+    """By the names that PyTorch gives to a CPU's instructions."""
     cpu_with(monkeypatch, instructions)
     assert train.evaluation_amp(amp, CPU) == amp
     assert capsys.readouterr().out == ""
@@ -1078,6 +1108,7 @@ def test_evaluation_keeps_the_precision_elsewhere(amp, device, monkeypatch, caps
     ("off", [], 0),
 ])
 def test_training_warns_of_emulation(amp, instructions, lines, tiny, monkeypatch, capsys):
+    """In a line, because it is many times slower than fp32."""
     cpu_with(monkeypatch, *instructions)
     assert run_script(train, *SMALL, "--bn-only", "--amp", amp, "--epochs", 1) == 0
     warnings = re.findall(f"^this CPU has no {amp} instructions", capsys.readouterr().out, re.M)
@@ -1108,14 +1139,12 @@ def fresh_compiler():
 def twenty_steps(device, dtype, *words):
     """Train on batches of 16 and now and then 7, the last of an epoch.
 
-    Returns the losses, {name: change of what trains or of a running statistic}, and the model.
+    Returns the losses, and {name: change of what trains or of a running statistic}.
     """
     words = ["--device", device, *words]
     before = train.changing_state(built(*words, dtype=dtype))
     model, step, optimizer, scaler = prepared(*words, dtype=dtype)
-    fast = "--plain" not in words
-    assert bool(optimizer.defaults["fused"]) == fast
-    if device == "cuda" and fast:
+    if device == "cuda" and "--plain" not in words:
         step = train.make_fast(step, model, optimizer, scaler, 16, 7)
     sizes = [16] * 10 + [7] + [16] * 8 + [7]
     images, labels = batch(sum(sizes), dtype=dtype)
@@ -1125,18 +1154,20 @@ def twenty_steps(device, dtype, *words):
         losses.append(loss.cpu())
     after = train.changing_state(model)
     changes = {name: (after[name] - before[name].to(device)).cpu() for name in before}
-    return torch.stack(losses), changes, model
+    return torch.stack(losses), changes
 
 def joined(changes, names):
     return torch.cat([changes[name].flatten() for name in names])
 
-def layouts_of_convolutions(model):
-    """The layouts that its 3x3 weights have."""
-    layouts = set()
+@pytest.mark.parametrize("words", [[], ["--plain"]])
+def test_plain_is_pytorchs_layout_and_optimizer(words):
+    """Without --plain, 3x3 weights are in channels_last, and the optimizer is fused."""
+    model, _, optimizer, _ = prepared("--bn-only", *words)
+    plain = words == ["--plain"]
     for parameter in model.parameters():
         if parameter.shape[2:] == (3, 3):
-            layouts.add("default" if parameter.is_contiguous() else "channels_last")
-    return layouts
+            assert parameter.is_contiguous() == plain
+    assert bool(optimizer.defaults["fused"]) != plain
 
 @pytest.mark.parametrize("mode", ["bn", "all", "random"])
 @pytest.mark.parametrize("device, arch, dtype, lr, tolerance", [
@@ -1147,15 +1178,13 @@ def layouts_of_convolutions(model):
 def test_fast_equals_plain(mode, device, arch, dtype, lr, tolerance, fresh_compiler):
     """Losses, what trains and running statistics are those of --plain after twenty steps."""
     words = ["--arch", arch, "--train", mode, "--lr", lr]
-    plain_losses, plain_changes, plain_model = twenty_steps(device, dtype, *words, "--plain")
-    losses, changes, model = twenty_steps(device, dtype, *words)
+    plain_losses, plain_changes = twenty_steps(device, dtype, *words, "--plain")
+    losses, changes = twenty_steps(device, dtype, *words)
     torch.testing.assert_close(losses, plain_losses, rtol=0, atol=tolerance / 50)
     for kind in [r".*running_mean", r".*running_var", r".*(weight|bias|values)"]:
         names = [name for name in changes if re.fullmatch(kind, name)]
         plain = joined(plain_changes, names)
         assert (joined(changes, names) - plain).norm() < tolerance * plain.norm(), kind
-    assert layouts_of_convolutions(plain_model) == {"default"}
-    assert layouts_of_convolutions(model) == {"channels_last"}
 
 @pytest.mark.parametrize("arch, words", [
     ("resnet14", "--bn-only"),
@@ -1209,7 +1238,7 @@ def capture_that_trains(step, size, last_size):
     step(*batch(last_size))
     return step
 
-def everything_that_trains(model, optimizer, scaler):
+def everything_in_training(model, optimizer, scaler):
     """Copies of all parameters, buffers and momentum, and the state of the scaler."""
     tensors = [*model.parameters(), *model.buffers()]
     for state in optimizer.state.values():
@@ -1244,14 +1273,15 @@ def test_make_fast_leaves_everything_as_it_was(failures, compiler, monkeypatch):
 
     monkeypatch.setattr(train, "capture_all", capture_all)
     step, model, optimizer, scaler = run_of_three_steps()
-    before, scaler_before = everything_that_trains(model, optimizer, scaler)
+    before, scaler_before = everything_in_training(model, optimizer, scaler)
     train.make_fast(step, model, optimizer, scaler, 16, 7)
-    after, scaler_after = everything_that_trains(model, optimizer, scaler)
+    after, scaler_after = everything_in_training(model, optimizer, scaler)
     assert scaler_after == scaler_before
     for tensor, tensor_before in zip(after, before, strict=True):
         assert torch.equal(tensor, tensor_before)
 
 def test_make_fast_compiles_blocks_and_captures_both_sizes(compiler, monkeypatch, capsys):
+    """If nothing fails, nothing is printed, and the captured step is the one to take."""
     seen = []
 
     def capture_all(step, size, last_size):
@@ -1290,6 +1320,7 @@ def test_without_cuda_graphs_the_plain_step_is_left(compiler, monkeypatch, capsy
         "CUDA graphs fail here, continuing without them (not supported)\n")
 
 def test_make_fast_does_not_hide_that_memory_is_short(compiler, monkeypatch, capsys):
+    """Going on without compilation would take more of it."""
     error = torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(train, "capture_all", raising(error))
     run = run_of_three_steps()
@@ -1320,6 +1351,19 @@ def test_no_operation_of_a_step_waits_for_the_device(mode, amp):
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
+@cuda
+def test_a_run_on_a_gpu_has_the_losses_of_a_cpu(tiny, monkeypatch, capsys):
+    """By CUDA graphs of both batch sizes, interrupted after an epoch and resumed, in fp32."""
+    words = [*SMALL, "--bn-only", "--amp", "off"]
+    assert run_script(train, *words, "--out", "cpu.pt") == 0
+    words += ["--device", "cuda", "--out", "gpu.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "log_epoch", raising(KeyboardInterrupt()))
+        error_of(capsys, 1, train, *words)
+    assert run_script(train, *words, "--resume") == 0
+    for epoch, epoch_of_cpu in zip(epochs_of("gpu.pt"), epochs_of("cpu.pt"), strict=True):
+        assert epoch["train_loss"] == pytest.approx(epoch_of_cpu["train_loss"], rel=0.02)
+
 # --- benchmark and launchers
 
 def test_benchmark_estimates_a_run(tiny, capsys):
@@ -1342,6 +1386,7 @@ def test_torchrun_of_several_processes_is_refused(tiny, monkeypatch, capsys):
     assert list(pathlib.Path().iterdir()) == []
 
 def test_torchrun_of_one_process_is_an_ordinary_run(tiny, monkeypatch):
+    """As some clusters start every program."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert run_script(train, *SMALL, "--epochs", 1, "--out", "a.pt") == 0
@@ -1557,10 +1602,10 @@ def fail_at_write(monkeypatch, call, number):
 
 # How many epochs a checkpoint holds if this write fails. Writes 1 and 2, of record and checkpoint,
 # are before the first epoch, 3 and 4 after it, and so on.
-COMPLETE = {3: 0, 4: 0, 5: 1, 6: 1, 7: 2, 8: 2}
+COMPLETE = {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1, 7: 2, 8: 2}
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("write", COMPLETE)
+@pytest.mark.parametrize("write", [3, 4, 5, 6, 7, 8])   # 1 and 2: no file is left, see below
 def test_every_interrupted_write(call, write, tiny, finished_run, monkeypatch, capsys):
     """Whichever fails, the epochs before it are kept and can be resumed.
 
@@ -1832,7 +1877,7 @@ def put(content, keys, value):
 BAD_OPTIONS = [
     (["options", "x"], 1, "unknown options {'x'}"),
     (["options", "epochs"], "3", "its epochs is '3'"),
-    (["options", "epochs"], 3.0, "literal"),
+    (["options", "epochs"], 3.0, "invalid literal for int"),
     (["options", "epochs"], 0, "not in 1"),
     (["options", "lr"], math.nan, "not in"),
     (["options", "norm"], "other", "not one of batch"),
@@ -1842,7 +1887,7 @@ BAD_OPTIONS = [
 ]
 DAMAGES = BAD_OPTIONS + [
     (["format"], 2, "this code reads format 3"),
-    (["x"], Code(), ""),
+    (["x"], Code(), "Weights only load failed"),
     (["rng"], torch.zeros(7, dtype=torch.uint8), "RNG state"),
     (["model", "bn.weight"], torch.full((16,), math.nan), "bn.weight is not finite"),
     (["model", "bn.weight"], torch.ones(8), "its tensors are not those of resnet8"),
@@ -2001,9 +2046,8 @@ def test_prune_adds_its_table_to_the_record(checkpoint, capsys):
     assert [row["threshold"] for row in table] == [0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
     printed = capsys.readouterr().out.splitlines()[-8:-1]   # "added to a.json" follows
     for row, line in zip(table, printed, strict=True):
-        cells = line.split()
-        assert cells[0] == f"{row['threshold']:g}"
-        assert cells[3] == f"{row['test_accuracy']:.2f}"
+        assert line.split() == [f"{row['threshold']:g}", f"{row['pruned']:.2f}", "%",
+                                f"{row['test_accuracy']:.2f}", "%", f"{row['change']:+.2f}"]
 
 def test_prune_adds_its_table_once(checkpoint, capsys):
     """A table that the record has stays, and a line says so."""
@@ -2123,6 +2167,17 @@ def test_newer_torch_is_accepted(version, monkeypatch):
     train.require_torch()
 
 # --- command line and output
+
+def test_a_line_for_each_epoch(tiny, capsys):
+    """With the figures of the record under their names."""
+    assert run_script(train, *TO_A) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:7] == ["epoch", "train", "loss", "train", "acc", "test", "acc"]
+    for epoch, line in zip(epochs_of("a.pt"), lines[2:5], strict=True):
+        assert line.split()[:7] == [
+            f"{epoch['epoch']}/3", f"{epoch['train_loss']:.4f}",
+            f"{epoch['train_accuracy']:.2f}", "%", f"{epoch['test_accuracy']:.2f}", "%",
+            f"{epoch['lr']:g}"]
 
 def test_output_in_a_file_is_complete_by_the_line(tiny, monkeypatch):
     """Without PYTHONUNBUFFERED."""
@@ -2298,7 +2353,7 @@ def train_until_killed(folder, write):
     run_script(train, *TO_A)
 
 @slow
-@pytest.mark.parametrize("write", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("write", COMPLETE)
 def test_slow_kills_lose_at_most_an_epoch(write, tiny, finished_run):
     """SIGKILL just before a record or a checkpoint is put in place."""
     context = multiprocessing.get_context("spawn")
@@ -2306,7 +2361,7 @@ def test_slow_kills_lose_at_most_an_epoch(write, tiny, finished_run):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert len(epochs_of("a.pt")) == COMPLETE.get(write, 0)
+    assert len(epochs_of("a.pt")) == COMPLETE[write]
     assert run_script(train, *TO_A, "--resume") == 0
     pathlib.Path("whole.pt").write_bytes(finished_run["a.pt"])
     assert content_of("a.pt") == content_of("whole.pt")
@@ -2559,6 +2614,9 @@ def test_firing_of_relus():
     """Against the blocks of resnet8 called one by one, on batches of different sizes."""
     images, labels = TEST_IMAGES[:200], TEST_LABELS[:200]
     model = known_gammas()
+    with torch.no_grad():   # a feature that fires at half a percent of its positions is disabled
+        feature = model.bn(model.conv(train.normalize(images)))[:, 0]
+        model.bn.bias[0] -= feature.quantile(0.995)
     table = analyze.relu_table(model, images, labels, "off")
     with torch.no_grad():
         x = model.bn(model.conv(train.normalize(images))).relu()
@@ -2589,6 +2647,17 @@ def test_histogram_has_a_bin_around_zero(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[24].split() == ["+0.00", "50.00", "%", 50 * "#"]
     assert lines[45] == "beyond 20.00 %"
+
+def test_distributions_of_a_checkpoint(checkpoint, capsys):
+    """Those of all its gammas, and of all its betas."""
+    model, _ = train.load_checkpoint("a.pt")
+    pairs = list(models.gammas_and_betas(model))
+    for title, place in [("Distribution of gamma", 1), ("Distribution of beta", 2)]:
+        values = torch.cat([pair[place].detach() for pair in pairs])
+        analyze.print_histogram(title, values.numpy())
+    expected = capsys.readouterr().out
+    assert run_script(analyze, "a.pt") == 0
+    assert capsys.readouterr().out.endswith(expected)
 
 def test_activations_are_added_to_the_record(checkpoint, capsys):
     """And printed: resnet8 has 16 features in the stem, 112 inside blocks, 112 after additions."""
