@@ -70,7 +70,8 @@ def read_records(folder):
         try:
             record = read_record(file)
             check_recipe(record["options"])
-            records.append({**record, "file": file})
+            record["file"] = file
+            records.append(record)
         except (ValueError, OSError) as error:
             left_out.append([file.name, one_line(error)])
     return records, left_out
@@ -147,7 +148,7 @@ def print_table(title, alignment, header, rows):
         widths.append(width)
         rule.append("-" * (width - 1) + (":" if letter == "r" else "-"))
     log(f"\n## {title}\n")
-    for row in [header, rule, *rows]:
+    for row in [header, rule] + rows:
         padded = []
         for letter, cell, width in zip(alignment, row, widths):
             padded.append(cell.rjust(width) if letter == "r" else cell.ljust(width))
@@ -240,7 +241,7 @@ def print_disabled(runs):
         cells = [mean_and_std(disabled_shares(records, kind)) for kind in RELUS]
         if any(cell != "-" for cell in cells):
             rows.append([arch, variant, *cells])
-    header = ["network", "what trains", *RELUS]
+    header = ["network", "what trains"] + list(RELUS)
     print_table("Disabled features (%), by their ReLU", "llrrr", header, rows)
 
 def print_pruning(runs):

@@ -56,7 +56,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """CIFAR ResNet of depth 6n + 2: (B, 3, 32, 32) normalized images -> (B, 10) logits.
 
-    width: its stages have 16, 32 and 64 times as many channels; norm: a key of NORMS.
+    Its stages have 16, 32 and 64 times `width` channels. norm: a key of NORMS.
     """
 
     def __init__(self, depth, width=1, norm="batch"):

@@ -79,7 +79,8 @@ def add_to_record(path, checkpoint, name, table):
         elif name in record:
             log(f"{record_file} has this table already")
         else:
-            write_record(path, {**record, name: table})
+            record[name] = table
+            write_record(path, record)
             log(f"added to {record_file}")
     except ValueError as error:
         log(f"not added to the record: {record_file} is {error}")

@@ -480,7 +480,7 @@ def make_fast(step, model, optimizer, scaler, size, last_size):
     return fast_step or step
 
 def try_to_capture(step, size, last_size, part):
-    """The step as CUDA graphs. If that fails, print that `part` does, and return None."""
+    """The step as CUDA graphs. If there can be none, print that `part` fails, and return None."""
     try:
         return capture_all(step, size, last_size)
     except Exception as error:   # whatever compilers and drivers raise
