@@ -2688,7 +2688,7 @@ def figures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def resnet14_records():
     """The committed records of resnet14 of which BatchNorm alone was trained."""
-    paths = [path for path in RESULTS if path.stem.startswith("resnet14-bn-s")]
+    paths = [path for path in RESULTS if path.match("resnet14-bn-s[0-9]*.json")]
     return [json.loads(path.read_text()) for path in paths]
 
 def points_of(figure, gid):
