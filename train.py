@@ -1,6 +1,6 @@
 """Train a CIFAR-10 ResNet, or only its BatchNorm, with the recipe of arXiv 2003.00152.
 
-    python train.py --arch resnet866 --bn-only     # the paper's headline experiment
+    python train.py --arch resnet866 --bn-only --amp off     # the paper's headline, in fp32
     python train.py --arch resnet8 --bn-only --dataset synthetic --epochs 2     # a demo
 
 Every epoch writes the checkpoint (--out x.pt), from which --resume continues, and the record of the
