@@ -9,128 +9,136 @@ import csv
 import functools
 import os
 import pathlib
+import sys
 
 import numpy as np
 import torch
 from torch import nn
 
-from models import empty_model, gammas_and_betas, parse_arch
-from prune import THRESHOLDS, add_to_record, gammas, prepare_test
-from train import (RECIPE, VARIANT_OPTIONS, UserError, add_device_arguments, count_parameters,
-                   differences, evaluate, freeze, load_checkpoint, log, one_line, read_record,
-                   run_cli)
+from models import ResNet, gammas_and_betas, parse_arch
+from prune import THRESHOLDS, add_to_record, gammas, load_for_test
+from train import (
+    UserError,
+    add_device_arguments,
+    choose_device,
+    command,
+    count_parameters,
+    evaluate,
+    freeze,
+    load_checkpoint,
+    read_record,
+    run_cli,
+    set_full_fp32,
+    variant,
+)
 
 INTRODUCTION = """# Results
 
 Printed by `python analyze.py` from the records (`*.json`) of runs: test accuracies on CIFAR-10 in
-percent, after the last epoch, mean ± sample standard deviation over n seeds. "What trains" is the
-value of `--train`, followed by what else differs from the recipe: normalization, initial values,
-learning rate. "Paper": read off the main figure of the [first
-version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is hidden).
-"Reproduction":
+percent, after the last epoch, mean ± sample standard deviation over n runs. "What trains" is the
+value of `--train`, followed by all that differs from the recipe. "Paper": read off the main figure
+of the [first version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a range: the line is
+hidden). "Reproduction":
 [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), which says
 that the paper's figures are means of five runs; its own are single runs on 45,000 images, best
-epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions. A
-commit "not in git" is that of a copy of the code outside of git.
+epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
+Gammas and features were measured in fp32, accuracies of runs in their own precision.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
-
-# The networks of the paper's figure.
-DEEP = ["resnet14", "resnet32", "resnet56", "resnet110", "resnet218", "resnet434", "resnet866"]
-WIDE = ["wrn14-2", "wrn14-4", "wrn14-8", "wrn14-16", "wrn14-32"]
 
 # The kinds of ReLUs, and how their names in the network end: all of them with "".
 RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
+
 # --- runs and published values
 
 def read_results(folder):
-    """The finished runs of the paper's recipe in a folder, and the files that are left out.
+    """The finished runs in a folder, and a line about each other record.
 
-    Returns the records in lists, one for each network and variant, {(arch, variant): [record]}, and
-    [file name, reason] of the other files. A record also gets its "file".
+    Runs are lists of records that differ in seed or precision alone, {(arch, label): [record]}. A
+    label is what trains and what else differs from the recipe, such as "bn, layer". A record also
+    gets its "file".
     """
-    records, left_out = read_records(folder)
-    runs = {}
-    for record in sorted(records, key=record_order):
-        options = record["options"]
-        alike = runs.setdefault((options["arch"], variant_of(options)), [])
-        if options["seed"] in [other["options"]["seed"] for other in alike]:
-            reason = "another run of the same seed (for another precision, use another folder)"
-            left_out.append([record["file"].name, reason])
-        else:
-            alike.append(record)
-    return runs, sorted(left_out)
-
-def read_records(folder):
-    """The records of the paper's recipe in a folder, and [file name, reason] of other files."""
     records = []
     left_out = []
     for file in sorted(folder.glob("*.json")):
         try:
             record = read_record(file)
-            check_recipe(record["options"])
             record["file"] = file
+            done, epochs = len(record["epochs"]), record["options"]["epochs"]
+            if done < epochs:
+                raise UserError(f"{file} is not finished ({done} of {epochs} epochs)")
             records.append(record)
-        except (ValueError, OSError) as error:
-            left_out.append([file.name, one_line(error)])
-    return records, left_out
+        except UserError as error:
+            left_out.append(str(error))
+    records.sort(key=record_order)
+    runs = {}
+    for record in records:
+        options = record["options"]
+        key = options["arch"], ", ".join(variant(options))
+        runs.setdefault(key, []).append(record)
+    return runs, left_out
 
-def check_recipe(options):
-    """Raise ValueError if an option differs that no row of the tables would show."""
-    may_differ = ["arch", "train", "seed", "amp", *VARIANT_OPTIONS]
-    for name in RECIPE:
-        if name not in may_differ and options[name] != RECIPE[name]:
-            raise ValueError(f"not the paper's recipe ({name} {options[name]}, not {RECIPE[name]})")
-
-def variant_of(options):
-    """What trains, and how else a run differs from the recipe, such as "bn, layer, lr 0.03"."""
-    words = [options["train"]]
-    for name, value in differences(options).items():
-        words.append(f"lr {value}" if name == "lr" else value)
-    return ", ".join(words)
 
 def record_order(record):
-    """What records are sorted by."""
+    """What records are sorted by: depth, width, what trains, seed."""
     options = record["options"]
-    return row_order((options["arch"], variant_of(options))), options["seed"]
+    return parse_arch(options["arch"]), variant(options), options["seed"]
 
-def row_order(key):
-    """What the rows of a table are sorted by: depth, width, and what trains."""
-    arch, variant = key
-    return parse_arch(arch), variant
 
 def read_published():
     """What others report, as text: {(arch, what trains): {"paper": ..., "reproduction": ...}}."""
     with open(RESULTS / "published.csv", newline="", encoding="utf-8") as file:
         return {(row["network"], row["train"]): row for row in csv.DictReader(file)}
 
+
 NOT_PUBLISHED = {"paper": "-", "reproduction": "-"}
 
-def options_of(records):
-    """The options of the first of these runs; the others differ in seed and perhaps in amp."""
-    return records[0]["options"]
+
+def networks_of(runs, published, label):
+    """The networks for which there is a result with this label, by depth and width."""
+    archs = {arch for arch, other in list(runs) + list(published) if other == label}
+    return sorted(archs, key=parse_arch)
+
+
+def is_wide(arch):
+    _, width = parse_arch(arch)
+    return width > 1
+
+
+@functools.cache   # because resnet866 has thousands of modules
+def counts_of(arch, train="all"):
+    """How many parameters a network has, see count_parameters."""
+    depth, width = parse_arch(arch)
+    with torch.device("meta"):   # shapes alone
+        model = ResNet(depth, width)
+    freeze(model, train)
+    return count_parameters(model)
+
 
 def accuracies(records):
     return [record["test_accuracy"] for record in records]
+
 
 def rows_below(records, threshold):
     """The row of this threshold in the table "prune" of each record that has one."""
     rows = []
     for record in records:
-        by_threshold = {row["threshold"]: row for row in record.get("prune", [])}
-        if threshold in by_threshold:
-            rows.append(by_threshold[threshold])
+        for row in record.get("prune", []):
+            if row["threshold"] == threshold:
+                rows.append(row)
     return rows
+
 
 def disabled_shares(records, kind):
     """The disabled features of this kind of ReLU, in percent, of each record that has them."""
     shares = []
     for record in records:
-        by_kind = {row["relu"]: row for row in record.get("activations", [])}
-        if kind in by_kind:
-            shares.append(by_kind[kind]["disabled"])
+        for row in record.get("activations", []):
+            if row["relu"] == kind:
+                shares.append(row["disabled"])
     return shares
+
 
 # --- tables
 
@@ -147,15 +155,16 @@ def print_table(title, alignment, header, rows):
         width = max(3, *[len(cell) for cell in cells])
         widths.append(width)
         rule.append("-" * (width - 1) + (":" if letter == "r" else "-"))
-    log(f"\n## {title}\n")
+    print(f"\n## {title}\n")
     for row in [header, rule] + rows:
         padded = []
         for letter, cell, width in zip(alignment, row, widths):
             padded.append(cell.rjust(width) if letter == "r" else cell.ljust(width))
-        log(f"| {' | '.join(padded)} |")
+        print(f"| {' | '.join(padded)} |")
+
 
 def mean_and_std(values):
-    """Mean and sample standard deviation over n seeds as text, "-" if nothing was measured."""
+    """Mean and sample standard deviation over n runs as text, "-" if nothing was measured."""
     n = len(values)
     if n == 0:
         return "-"
@@ -163,188 +172,185 @@ def mean_and_std(values):
         return f"{values[0]:.2f} (n=1)"
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (n={n})"
 
+
+def print_tables(runs, published):
+    print(INTRODUCTION, end="")
+    archs = networks_of(runs, published, "bn")
+    deep = [arch for arch in archs if not is_wide(arch)]
+    wide = [arch for arch in archs if is_wide(arch)]
+    print_networks("Depth", deep, runs, published)
+    print_networks("Width", ["resnet14"] + wide, runs, published)
+    print_what_trains(runs, published)
+    print_normalizations(runs)
+    print_disabled(runs)
+    print_pruning(runs)
+    print_runs(runs)
+
+
 def print_networks(title, archs, runs, published):
     """A row for each network: only BatchNorm trained, then everything; ours, then published."""
     header = ["network", "parameters", "BatchNorm"]
-    for variant in ("bn", "all"):
-        header += [variant, f"{variant}, paper", f"{variant}, reproduction"]
+    for train in ("bn", "all"):
+        header += [train, f"{train}, paper", f"{train}, reproduction"]
     rows = []
     for arch in archs:
         counts = counts_of(arch)
         row = [arch, f"{counts['all']:,}", f"{counts['bn']:,}"]
-        for variant in ("bn", "all"):
-            theirs = published.get((arch, variant), NOT_PUBLISHED)
-            ours = mean_and_std(accuracies(runs.get((arch, variant), [])))
+        for train in ("bn", "all"):
+            theirs = published.get((arch, train), NOT_PUBLISHED)
+            ours = mean_and_std(accuracies(runs.get((arch, train), [])))
             row += [ours, theirs["paper"], theirs["reproduction"]]
         rows.append(row)
     print_table(title, "lrrrrrrrr", header, rows)
 
-@functools.cache   # because resnet866 has thousands of modules
-def counts_of(arch):
-    return count_parameters(empty_model(arch))
 
 def print_what_trains(runs, published):
-    """A row for each network and what was trained of it, with the normalization of the recipe."""
+    """A row for each network and what was trained of it, with BatchNorm as its normalization.
+
+    Rows that only the paper has are added for networks of which we trained more than bn and all.
+    """
+    keys = [key for key, records in runs.items() if records[0]["options"]["norm"] == "batch"]
+    archs = {arch for arch, label in keys if label not in ("bn", "all")}
+    for arch, train in published:
+        if arch in archs and train not in ("bn", "all") and (arch, train) not in keys:
+            keys.append((arch, train))
     rows = []
-    for arch, variant in keys_of_what_trains(runs, published):
-        records = runs.get((arch, variant), [])
-        theirs = published.get((arch, variant), NOT_PUBLISHED)
-        if records:
-            counts = records[0]["parameters"]
-        else:
-            model = empty_model(arch)
-            freeze(model, variant, seed=0)
-            counts = count_parameters(model)
+    for arch, label in sorted(keys, key=lambda key: (parse_arch(key[0]), key[1])):
+        records = runs.get((arch, label), [])
+        counts = records[0]["parameters"] if records else counts_of(arch, label)
+        theirs = published.get((arch, label), NOT_PUBLISHED)
         ours = mean_and_std(accuracies(records))
-        rows.append([arch, variant, f"{counts['trained']:,}", ours, theirs["paper"]])
+        rows.append([arch, label, f"{counts['trained']:,}", ours, theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
 
-def keys_of_what_trains(runs, published):
-    """The (arch, variant) of our runs with --norm batch, and of rows that only the paper has.
-
-    Those are added for networks of which we trained something else than "bn" and "all".
-    """
-    keys = [key for key in runs if options_of(runs[key])["norm"] == "batch"]
-    archs = {arch for arch, variant in keys if variant not in ("bn", "all")}
-    for arch, variant in published:
-        if arch in archs and variant not in ("bn", "all") and (arch, variant) not in keys:
-            keys.append((arch, variant))
-    return sorted(keys, key=row_order)
 
 def print_normalizations(runs):
-    """Runs with other normalizations, and those of the same networks that train BatchNorm alone."""
+    """Runs that train the normalization alone, of networks of which another one was tried."""
     archs = set()
     for (arch, _), records in runs.items():
-        if options_of(records)["norm"] != "batch":
+        if records[0]["options"]["norm"] != "batch":
             archs.add(arch)
     rows = []
-    for (arch, _), records in runs.items():
-        options = options_of(records)
-        words = [options["train"]]
-        for name in ("bn_init", "weight_init"):   # norm and lr have columns of their own
-            if options[name] != RECIPE[name]:
-                words.append(options[name])
-        trains = ", ".join(words)
-        if arch in archs and (options["norm"] != "batch" or trains == "bn"):
+    for (arch, label), records in runs.items():
+        options = records[0]["options"]
+        if arch in archs and options["train"] == "bn":
             small = [row["pruned"] for row in rows_below(records, 0.01)]
-            rows.append([arch, options["norm"], str(options["lr"]), trains,
-                         mean_and_std(accuracies(records)), mean_and_std(small),
-                         mean_and_std(disabled_shares(records, "all"))])
-    header = ["network", "norm", "learning rate", "what trains", "accuracy",
-              "gammas below 0.01 (%)", "disabled features (%)"]
-    print_table("Other normalizations", "llrlrrr", header, rows)
+            rows.append([arch, options["norm"], label, mean_and_std(accuracies(records)),
+                         mean_and_std(small), mean_and_std(disabled_shares(records, "all"))])
+    header = ["network", "norm", "what trains", "accuracy", "gammas below 0.01 (%)",
+              "disabled features (%)"]
+    print_table("Other normalizations", "lllrrr", header, rows)
+
 
 def print_disabled(runs):
     rows = []
-    for (arch, variant), records in runs.items():
-        cells = [mean_and_std(disabled_shares(records, kind)) for kind in RELUS]
-        if any(cell != "-" for cell in cells):
-            rows.append([arch, variant, *cells])
+    for (arch, label), records in runs.items():
+        if disabled_shares(records, "all"):
+            cells = [mean_and_std(disabled_shares(records, kind)) for kind in RELUS]
+            rows.append([arch, label] + cells)
     header = ["network", "what trains"] + list(RELUS)
     print_table("Disabled features (%), by their ReLU", "llrrr", header, rows)
 
+
 def print_pruning(runs):
     """Means over the n records that have a table "prune"."""
-    thresholds = [threshold for threshold in THRESHOLDS if threshold > 0]   # nothing is below 0
     rows = []
-    for (arch, variant), records in runs.items():
-        n = sum("prune" in record for record in records)
+    for (arch, label), records in runs.items():
+        n = len(rows_below(records, THRESHOLDS[0]))
         if n > 0:
-            cells = [pruning_cell(rows_below(records, threshold)) for threshold in thresholds]
-            rows.append([arch, variant, str(n), *cells])
+            cells = [pruning_cell(rows_below(records, threshold)) for threshold in THRESHOLDS]
+            rows.append([arch, label, str(n)] + cells)
     title = ("Gammas below a threshold set to zero: "
              "change of accuracy in points (share of gammas, %)")
-    header = ["network", "what trains", "n", *(f"< {threshold:g}" for threshold in thresholds)]
-    print_table(title, "llr" + "r" * len(thresholds), header, rows)
+    header = ["network", "what trains", "n"] + [f"< {threshold:g}" for threshold in THRESHOLDS]
+    print_table(title, "llr" + "r" * len(THRESHOLDS), header, rows)
+
 
 def pruning_cell(rows):
-    if not rows:
-        return "-"
     change = np.mean([row["change"] for row in rows])
     share = np.mean([row["pruned"] for row in rows])
     return f"{change:+.2f} ({share:.1f})"
 
-def print_runs(runs):
-    """A row for each session that trained an epoch; a run that was resumed has several."""
-    rows = []
-    for (arch, variant), records in runs.items():
-        for record in records:
-            options = record["options"]
-            about_run = [arch, variant, str(options["seed"]), options["amp"],
-                         f"{record['test_accuracy']:.2f}", f"{record['seconds'] / 3600:.2f}"]
-            blank = [""] * len(about_run)
-            for session in sessions_with_epochs(record):
-                rows.append([*about_run, str(session["first_epoch"]), session["hardware"],
-                             session["torch"], short_commit(session["commit"])])
-                about_run = blank   # after its first row
-    header = ["network", "what trains", "--seed", "--amp", "accuracy", "hours",
-              "from epoch", "hardware", "torch", "commit"]
-    print_table("Runs", "llrlrrrlll", header, rows)
 
-def sessions_with_epochs(record):
-    """The sessions of a run but those that ended before their first epoch did."""
-    sessions = record["sessions"]
-    next_epochs = [session["first_epoch"] for session in sessions[1:]]
-    next_epochs.append(len(record["epochs"]) + 1)
-    return [session for session, next_epoch in zip(sessions, next_epochs)
-            if session["first_epoch"] < next_epoch]
+def print_runs(runs):
+    """A row for each run, with the command that makes it."""
+    rows = []
+    for records in runs.values():
+        for record in records:
+            starts = record["starts"]
+            commits = [short_commit(start["commit"]) for start in starts]
+            rows.append([
+                f"`{command(record['options'])}`",
+                f"{record['test_accuracy']:.2f}",
+                "fp32" if record["precision"] == "off" else record["precision"],
+                f"{record['seconds'] / 3600:.2f}",
+                joined([start["hardware"] for start in starts]),
+                joined([start["torch"] for start in starts]),
+                joined(commits),
+            ])
+    header = ["command", "accuracy", "precision", "hours", "hardware", "torch", "commits"]
+    print_table("Runs", "lrlrlll", header, rows)
+
+
+def joined(texts):
+    """Texts in a cell, each once, in their order."""
+    return "; ".join(dict.fromkeys(texts))
+
 
 def short_commit(commit):
     """Seven of the forty digits of a commit, and "-dirty" if that follows."""
     if commit is None:
         return "not in git"
-    if commit == "unknown":
-        return commit
     return commit[:7] + commit[40:]
 
-def print_left_out(left_out):
-    print_table("Left out", "ll", ["file", "reason"], left_out)
 
 # --- one network
 
 def print_network(path, args):
     """Print gamma and beta of a checkpoint and, with --activations, how often its ReLUs fire."""
     model, checkpoint = load_checkpoint(path)
-    options = checkpoint["options"]
-    log(f"# {path}\n")
-    log(" ".join(f"--{name} {options[name]}" for name in ("arch", "train", "norm", "seed")))
+    print(f"# {path}\n\nmade by `{command(checkpoint['options'])}`")
     betas = [beta.detach() for _, _, beta in gammas_and_betas(model)]
     print_histogram("Distribution of gamma", gammas(model).numpy())
     print_histogram("Distribution of beta", torch.cat(betas).numpy())
     if args.activations:
-        print_activations(path, model, checkpoint, args)
+        print_activations(path, args)
+
 
 def print_histogram(title, values):
     """A line for each bin of 0.05; the middle one is centred at 0, so that a spike there shows."""
     edges = np.arange(-41, 42, 2) / 40
     counts, _ = np.histogram(values, edges)
-    log(f"\n## {title}\n\n```")
+    print(f"\n## {title}\n\n```")
     for edge, count in zip(edges, counts):
         share = 100 * count / len(values)
         center = edge + 0.025
-        log(f"{center:+.2f} {share:6.2f} % {'#' * round(share)}".rstrip())
+        print(f"{center:+.2f} {share:6.2f} % {'#' * round(share)}".rstrip())
     beyond = 100 - 100 * counts.sum() / len(values)
-    log(f"beyond{beyond:6.2f} %\n```")
+    print(f"beyond{beyond:6.2f} %\n```")
 
-def print_activations(path, model, checkpoint, args):
+
+def print_activations(path, args):
     """Measure how often the ReLUs fire, print it, and add it to the record of the run."""
-    images, labels, amp = prepare_test(model, checkpoint, args)
-    table = relu_table(model, images, labels, amp)
-    add_to_record(path, checkpoint, "activations", table)
+    device = choose_device(args.device)
+    model, checkpoint, images, labels = load_for_test(path, device, args.data_dir)
+    table = relu_table(model, images, labels)
     rows = []
     for row in table:
         percentages = [f"{row['fires']:.2f}", f"{row['disabled']:.2f}"]
-        rows.append([row["relu"], str(row["features"]), *percentages])
+        rows.append([row["relu"], str(row["features"])] + percentages)
     header = ["ReLU", "features", "fires", "disabled"]
-    print_table("ReLUs on the test images (%)", "lrrr", header, rows)
+    print_table("ReLUs on the test images (%), evaluated in fp32", "lrrr", header, rows)
+    add_to_record(path, checkpoint, "activations", table)
 
-def relu_table(model, images, labels, amp):
+
+def relu_table(model, images, labels):
     """How often the features of each kind of ReLU fire, over all test images and positions.
 
     A dict per kind: "relu", its name; "features", their number; "fires", the share of positions at
     which a feature is positive, on average; "disabled", the share of features that are positive at
-    less than 1 % of their positions. Both shares are in percent.
+    less than 1 % of their positions. Both shares are in percent, in fp32.
     """
     fires = {}   # by ReLU: (C,), the share of positive positions, added up over images
 
@@ -358,7 +364,7 @@ def relu_table(model, images, labels, amp):
         if isinstance(module, nn.ReLU):
             fires[module] = 0
             hooks.append(module.register_forward_hook(count))
-    evaluate(model, images, labels, amp)
+    evaluate(model, images, labels, "off")
     for hook in hooks:
         hook.remove()
 
@@ -377,15 +383,16 @@ def relu_table(model, images, labels, amp):
         })
     return table
 
+
 # --- figures
 
-# Colours of Okabe and Ito that show on white and on black, and the text of the legend.
+# Colours of Okabe and Ito that show on white and on black, and what the legend says.
 LOOKS = {
     "bn": ("#3A8FD0", "only BatchNorm"),
-    "wide": ("#CC79A7", "only BatchNorm, wider"),
     "all": ("#D55E00", "everything"),
     "random": ("#009E73", "two weights per channel"),
 }
+PINK = "#CC79A7"
 SETTINGS = {
     "axes.edgecolor": "gray",
     "axes.labelcolor": "gray",
@@ -397,177 +404,146 @@ SETTINGS = {
     "svg.hashsalt": "0",   # the same file each time
 }
 
-def require_matplotlib():
-    """Raise UserError unless there is a matplotlib that can place a legend outside of the axes."""
-    try:
-        import matplotlib
-        version = matplotlib.__version__
-    except ImportError:
-        version = "0.0"
-    major, minor = version.split(".")[:2]
-    if (int(major), int(minor)) < (3, 7):
-        raise UserError("--plot needs matplotlib 3.7 or newer: pip install -U matplotlib", 2)
 
 def draw(runs, published, folder):
-    """Write the figures as SVG files and return them by name. A line's gid tells what it shows."""
-    import matplotlib
+    """Write the four figures as SVG files and return them by name."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib", 2) from None
+    matplotlib.rcParams.update(SETTINGS)
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()   # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(SETTINGS)
-        figures = {
-            "accuracy": draw_accuracy(runs, published),
-            "gamma": draw_gamma(runs),
-            "pruning": draw_pruning(runs),
-            "epochs": draw_epochs(runs),
-        }
-        for name, figure in figures.items():
-            add_legend(figure)
-            file = folder / f"{name}.svg"
-            figure.savefig(file, transparent=True, metadata={"Date": None})
-            log(f"wrote {file}")
+    figures = {
+        "accuracy": draw_accuracy(runs, published),
+        "gamma": draw_gamma(runs),
+        "pruning": draw_pruning(runs),
+        "epochs": draw_epochs(runs),
+    }
+    for name, figure in figures.items():
+        add_legend(figure)
+        file = folder / f"{name}.svg"
+        figure.savefig(file, transparent=True, metadata={"Date": None})
+        print(f"wrote {file}")
     return figures
+
 
 def new_figure(x_label, y_label, panels=1):
     """A figure, and its panels side by side in a list of axes."""
     from matplotlib.figure import Figure
     figure = Figure((7.5, 4), layout="constrained")
     axes = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
-    for ax in axes:
-        ax.set_xlabel(x_label)
+    figure.supxlabel(x_label)
     axes[0].set_ylabel(y_label)
     return figure, axes
 
+
 def add_legend(figure):
     """One legend for all panels, above them."""
-    handles = {}   # by label: panels have the same ones
+    handles = {}   # by label: panels and networks have the same ones
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             handles[label] = handle
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3,
                   frameon=False)
 
+
 def draw_accuracy(runs, published):
     """Accuracy against the number of BatchNorm parameters: ours solid, the paper's dotted."""
     figure, [ax] = new_figure("BatchNorm parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    draw_our_accuracy(ax, runs, DEEP, variant="bn", look="bn")
-    draw_paper_accuracy(ax, published, DEEP, look="bn", offset=(-6, 3), side="right")
-    draw_our_accuracy(ax, runs, WIDE, variant="bn", look="wide")
-    draw_paper_accuracy(ax, published, WIDE, look="wide", offset=(6, -8), side="left")
-    draw_our_accuracy(ax, runs, DEEP, variant="random", look="random")
+    for train in ("bn", "random"):
+        color, label = LOOKS[train]
+        archs = networks_of(runs, published, train)
+        deep = [arch for arch in archs if not is_wide(arch)]
+        wide = [arch for arch in archs if is_wide(arch)]
+        draw_networks(ax, runs, published, train, deep, color, label, (-6, 3))
+        draw_networks(ax, runs, published, train, wide, PINK, f"{label}, wider", (6, -8))
     return figure
 
-def draw_our_accuracy(ax, runs, archs, variant, look):
-    """A point for each run of these networks, and a line through the means."""
-    color, label = LOOKS[look]
-    point_counts, points = [], []
-    line_counts, means = [], []
-    for arch in archs:
-        values = accuracies(runs.get((arch, variant), []))
-        if values:
-            count = counts_of(arch)["bn"]
-            point_counts += [count] * len(values)
-            points += values
-            line_counts.append(count)
-            means.append(np.mean(values))
-    if points:
-        ax.plot(point_counts, points, "o", color=color, label=label, gid=look)
-        ax.plot(line_counts, means, "-", color=color, gid=f"{look}, means")
 
-def draw_paper_accuracy(ax, published, archs, look, offset, side):
-    """The paper's accuracies of these networks, BatchNorm alone trained, with their names."""
-    counts = [counts_of(arch)["bn"] for arch in archs]
-    values = [published_number(published[arch, "bn"]["paper"]) for arch in archs]
-    color, label = LOOKS[look]
-    ax.plot(counts, values, "o:", mfc="none", color=color, label=f"{label}, paper",
-            gid=f"{look}, paper")
-    for arch, count, value in zip(archs, counts, values):
-        ax.annotate(arch, (count, value), offset, textcoords="offset points", ha=side, color=color)
+def draw_networks(ax, runs, published, train, archs, color, label, offset):
+    """A point for each run of these networks, a line through the means, and the paper's values."""
+    ours = {}     # by network: {number of BatchNorm parameters: accuracy}
+    theirs = {}
+    for arch in archs:
+        count = counts_of(arch)["bn"]
+        values = accuracies(runs.get((arch, train), []))
+        ax.plot([count] * len(values), values, "o", color=color)
+        if values:
+            ours[count] = np.mean(values)
+        if (arch, train) in published:
+            theirs[count] = published_number(published[arch, train]["paper"])
+        ax.annotate(arch, (count, theirs.get(count, ours.get(count))), offset, color=color,
+                    textcoords="offset points", ha="right" if offset[0] < 0 else "left")
+    if ours:
+        ax.plot(ours.keys(), ours.values(), "o-", color=color, label=label)
+    if theirs:
+        ax.plot(theirs.keys(), theirs.values(), "o:", mfc="none", color=color,
+                label=f"{label}, paper")
+
 
 def published_number(text):
     """The number in "48.1" or in "~79.7", the middle of "82.0-83.9"."""
     ends = [float(end) for end in text.removeprefix("~").split("-")]
     return sum(ends) / len(ends)
 
-def drawn_archs(runs):
-    """The networks of all figures but the first: those of which BatchNorm alone was trained.
-
-    If there is none, resnet14, because a figure needs a panel.
-    """
-    return [arch for arch in DEEP if (arch, "bn") in runs] or ["resnet14"]
-
-def drawn_runs(runs):
-    """The (arch, what trains, records) of the figures of pruning and epochs."""
-    drawn = []
-    for arch in drawn_archs(runs):
-        for variant in ("all", "bn", "random"):
-            if (arch, variant) in runs:
-                drawn.append((arch, variant, runs[arch, variant]))
-    return drawn
 
 def draw_gamma(runs):
     """The distribution of |gamma| up to 1.55, a panel for each network."""
-    archs = drawn_archs(runs)
-    figure, axes = new_figure("|gamma|", "gammas in a bin of 0.05 (%)", len(archs))
+    archs = networks_of(runs, {}, "bn") or networks_of(runs, {}, "all")
+    figure, axes = new_figure("|gamma|", "gammas in a bin of 0.05 (%)", max(1, len(archs)))
     edges = np.arange(32) / 20
     for arch, ax in zip(archs, axes):
         ax.set_title(arch)
-        for variant in ("all", "bn"):
-            values = stored_gammas(runs.get((arch, variant), []))
+        for train in ("all", "bn"):
+            values = stored_gammas(runs.get((arch, train), []))
             if values:
                 counts, _ = np.histogram(np.abs(values), edges)
-                color, label = LOOKS[variant]
+                color, label = LOOKS[train]
                 ax.stairs(100 * counts / len(values), edges, fill=True, alpha=0.6, color=color,
-                          label=label, gid=f"{arch} {variant}")
+                          label=label)
     return figure
 
+
 def stored_gammas(records):
-    """The gammas in those checkpoints of these runs that exist and can be read, as one list."""
+    """The gammas in those checkpoints of these runs that exist, as one list."""
     values = []
     for record in records:
-        try:
-            model, _ = load_checkpoint(record["file"].with_suffix(".pt"))
+        checkpoint = record["file"].with_suffix(".pt")
+        if checkpoint.exists():   # large ones may be left out of a copy of the results
+            model, _ = load_checkpoint(checkpoint)
             values += gammas(model).tolist()
-        except FileNotFoundError:   # large checkpoints may be left out of a copy of the results
-            continue
-        except (UserError, OSError) as error:
-            log(f"not in the figure: {one_line(error)}")
     return values
+
 
 def draw_pruning(runs):
     """Accuracy against the share of gammas set to zero, a point for each threshold."""
     figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
-    for arch, variant, records in drawn_runs(runs):
-        shares = []
-        means = []
-        for threshold in THRESHOLDS:
-            rows = rows_below(records, threshold)
-            if rows:
-                shares.append(np.mean([row["pruned"] for row in rows]))
-                means.append(np.mean([row["test_accuracy"] for row in rows]))
-        if shares:
-            draw_curve(ax, arch, variant, shares, means, "o-", end=0, side="right")
+    for (arch, label), records in runs.items():
+        if label in LOOKS and rows_below(records, 0.0):
+            color, text = LOOKS[label]
+            rows = [rows_below(records, threshold) for threshold in [0.0] + THRESHOLDS]
+            shares = [np.mean([row["pruned"] for row in of_threshold]) for of_threshold in rows]
+            means = [np.mean([row["test_accuracy"] for row in of_threshold])
+                     for of_threshold in rows]
+            ax.plot(shares, means, "o-", color=color, label=text)
+            ax.annotate(f"{arch}  ", (shares[0], means[0]), ha="right", va="center", color=color)
     return figure
+
 
 def draw_epochs(runs):
-    """Accuracy after each epoch."""
+    """Accuracy after each epoch, means over runs."""
     figure, [ax] = new_figure("epoch", "test accuracy (%)")
-    for arch, variant, records in drawn_runs(runs):
-        curves = []
-        for record in records:
-            curves.append([epoch["test_accuracy"] for epoch in record["epochs"]])
-        means = np.mean(curves, axis=0)
-        epochs = range(1, len(means) + 1)
-        draw_curve(ax, arch, variant, epochs, means, "-", end=-1, side="left")
+    for (arch, label), records in runs.items():
+        if label in LOOKS:
+            color, text = LOOKS[label]
+            curves = [[epoch["test_accuracy"] for epoch in record["epochs"]] for record in records]
+            means = np.mean(curves, axis=0)
+            ax.plot(range(1, len(means) + 1), means, color=color, label=text)
+            ax.annotate(f"  {arch}", (len(means), means[-1]), va="center", color=color)
     return figure
 
-def draw_curve(ax, arch, variant, x, y, style, end, side):
-    """A line in the look of what trains, with the network's name at its first or last point."""
-    color, label = LOOKS[variant]
-    ax.plot(x, y, style, color=color, label=label, gid=f"{arch} {variant}")
-    ax.annotate(f"  {arch}  ", (x[end], y[end]), ha=side, va="center", color=color)
 
 # --- command line
 
@@ -580,46 +556,34 @@ def parse_command_line():
                         help="also how often the ReLUs of the checkpoints fire")
     parser.add_argument("--results", type=os.path.expanduser, default=RESULTS, metavar="DIR",
                         help="folder of the records")
-    parser.add_argument("--plot", type=os.path.expanduser, nargs="?", const="", metavar="DIR",
-                        help="draw, by default into the folder figures in --results")
+    parser.add_argument("--plot", action="store_true",
+                        help="draw, into the folder figures in --results")
     add_device_arguments(parser)
     args = parser.parse_args()
     args.results = pathlib.Path(args.results)
     if args.activations and not args.checkpoints:
         parser.error("--activations needs checkpoints")
-    if args.plot is not None and args.checkpoints:
-        parser.error("--plot draws the records in --results, not checkpoints")
-    if not args.checkpoints and not args.results.is_dir():
-        parser.error(f"argument --results: {args.results}: not a folder")
     return args
+
 
 def main():
     args = parse_command_line()
+    set_full_fp32()
+    sys.stdout.reconfigure(encoding="utf-8")   # for the sign ±
     for path in args.checkpoints:
         print_network(path, args)
-    if not args.checkpoints:
-        print_or_draw_results(args)
-
-def print_or_draw_results(args):
-    if args.plot is not None:
-        require_matplotlib()
+    if args.checkpoints:
+        return
     runs, left_out = read_results(args.results)
     if not runs:
-        print_left_out(left_out)
-        raise UserError(f"no record of a finished run of the recipe in {args.results}")
-    published = read_published()
-    if args.plot is not None:
-        draw(runs, published, pathlib.Path(args.plot or args.results / "figures"))
+        raise UserError(f"no record of a finished run in {args.results}")
+    if args.plot:
+        draw(runs, read_published(), args.results / "figures")
         return
-    log(INTRODUCTION, end="")
-    print_networks("Depth", DEEP, runs, published)
-    print_networks("Width", ["resnet14", *WIDE], runs, published)
-    print_what_trains(runs, published)
-    print_normalizations(runs)
-    print_disabled(runs)
-    print_pruning(runs)
-    print_runs(runs)
-    print_left_out(left_out)
+    print_tables(runs, read_published())
+    for line in left_out:
+        print(f"\nLeft out: {line}")
+
 
 if __name__ == "__main__":
     run_cli(main)

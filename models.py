@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 # --- architecture
+
 
 class Block(nn.Module):
     """Basic residual block (He et al., arXiv 1512.03385).
@@ -36,10 +38,10 @@ class Block(nn.Module):
         super().__init__()
         self.conv1 = convolution(c_in, c_out, 3, stride, norm)
         self.bn1 = NORMS[norm](c_out)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU()
         self.conv2 = convolution(c_out, c_out, 3, 1, norm)
         self.bn2 = NORMS[norm](c_out)
-        self.relu2 = nn.ReLU(inplace=True)
+        self.relu2 = nn.ReLU()
         self.shortcut = nn.Identity()
         if stride == 2:
             self.shortcut = nn.Sequential(
@@ -50,8 +52,9 @@ class Block(nn.Module):
     def forward(self, x):
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
+        out = out + self.shortcut(x)   # ReLU and addition are not in place: hooks may keep features
         return self.relu2(out)
+
 
 class ResNet(nn.Module):
     """CIFAR ResNet of depth 6n + 2: (B, 3, 32, 32) normalized images -> (B, 10) logits.
@@ -65,7 +68,7 @@ class ResNet(nn.Module):
         c = 16 * width
         self.conv = convolution(3, c, 3, 1, norm)
         self.bn = NORMS[norm](c)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()
         self.stage1 = stage(n, c, c, 1, norm)
         self.stage2 = stage(n, c, 2 * c, 2, norm)
         self.stage3 = stage(n, 2 * c, 4 * c, 2, norm)
@@ -80,6 +83,7 @@ class ResNet(nn.Module):
         x = F.avg_pool2d(x, 8)   # (B, 64w, 1, 1)
         return self.fc(x.flatten(1))
 
+
 def stage(n, c_in, c_out, stride, norm):
     """n blocks, of which the first has this stride."""
     blocks = [Block(c_in, c_out, stride, norm)]
@@ -87,12 +91,14 @@ def stage(n, c_in, c_out, stride, norm):
         blocks.append(Block(c_out, c_out, 1, norm))
     return nn.Sequential(*blocks)
 
+
 def convolution(c_in, c_out, kernel_size, stride, norm):
     """A convolution without a bias, unless it normalizes its own weights (`norm` "weight")."""
     padding = kernel_size // 2
     if norm == "weight":
         return WeightNormConv2d(c_in, c_out, kernel_size, stride, padding)
     return nn.Conv2d(c_in, c_out, kernel_size, stride, padding, bias=False)
+
 
 def parse_arch(arch):
     """The (depth, width) of a name such as `resnet866` or `wrn14-32`.
@@ -113,11 +119,6 @@ def parse_arch(arch):
         raise ValueError(f"the depth must be 6n + 2, such as {allowed}")
     return depth, width
 
-def empty_model(arch, norm="batch"):
-    """The network of this name on the meta device: shapes of parameters, without their values."""
-    depth, width = parse_arch(arch)
-    with torch.device("meta"):
-        return ResNet(depth, width, norm)
 
 def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaiming_normal"):
     """The network of this name with the initial values of this seed, on the CPU in float32.
@@ -129,6 +130,7 @@ def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaimin
         model = ResNet(depth, width, norm).float()
     initialize(model, seed, bn_init, weight_init)
     return model
+
 
 def gammas_and_betas(model):
     """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,).
@@ -146,7 +148,9 @@ def gammas_and_betas(model):
             layers.append((name, weight, module.bias))
     return layers
 
+
 # --- initial values
+
 
 @torch.no_grad()
 def initialize(model, seed, bn_init, weight_init):
@@ -179,17 +183,22 @@ def initialize(model, seed, bn_init, weight_init):
 
 # gamma and beta as functions of draws u from U(0, 1), both (C,), named as in OpenLTH.
 
+
 def uniform(u):
     return u, np.zeros_like(u)
+
 
 def fixed(u):
     return np.ones_like(u), np.zeros_like(u)
 
+
 def oneone(u):
     return np.ones_like(u), np.ones_like(u)
 
+
 def positivenegative(u):
     return 2 * u - 1, np.zeros_like(u)
+
 
 BN_INITS = {
     "uniform": uniform,
@@ -200,12 +209,15 @@ BN_INITS = {
 
 # Weights as functions of draws z from N(0, 1), in the weight's shape, and std = sqrt(2 / fan_in).
 
+
 def kaiming_normal(z, std):
     return std * z
+
 
 def kaiming_uniform(z, std):
     """U(-b, b), b = sqrt(3) std: erf maps N(0, 1) to U(-1, 1)."""
     return math.sqrt(3) * std * torch.erf(torch.from_numpy(z) / math.sqrt(2)).numpy()
+
 
 def orthogonal(z, std):
     """Orthonormal rows, or columns if there are more rows. As nn.init.orthogonal_, without std."""
@@ -215,9 +227,11 @@ def orthogonal(z, std):
     q = q * np.sign(np.diag(r))   # makes the decomposition unique
     return (q.T if wide else q).reshape(z.shape)
 
+
 def binary(z, std):
     """The sign times std. (OpenLTH takes the measured std of the drawn weights.)"""
     return std * np.sign(z)
+
 
 WEIGHT_INITS = {
     "kaiming_normal": kaiming_normal,
@@ -225,6 +239,7 @@ WEIGHT_INITS = {
     "orthogonal": orthogonal,
     "binary": binary,
 }
+
 
 @torch.no_grad()
 def fingerprint(tensors):
@@ -237,12 +252,9 @@ def fingerprint(tensors):
         moment += torch.dot(w, position).item()
     return [magnitude, moment]
 
+
 # --- normalizations
 
-def batch_norm(c):
-    norm = nn.BatchNorm2d(c)
-    norm.num_batches_tracked = None   # nothing reads this counter, which costs a kernel per layer
-    return norm
 
 class ContiguousGroupNorm(nn.GroupNorm):
     """nn.GroupNorm in the default layout: the CPU kernel of torch 2.13 for channels_last is slow,
@@ -251,17 +263,21 @@ class ContiguousGroupNorm(nn.GroupNorm):
     def forward(self, x):
         return super().forward(x.contiguous())
 
+
 def layer_norm(c):
     """Statistics over all features of an image (arXiv 1607.06450)."""
     return ContiguousGroupNorm(1, c)
+
 
 def instance_norm(c):
     """Statistics of each feature of an image (arXiv 1607.08022)."""
     return ContiguousGroupNorm(c, c)
 
+
 def group_norm(c):
     """Statistics over each of eight groups of features of an image (arXiv 1803.08494)."""
     return ContiguousGroupNorm(8, c)
+
 
 class SwitchNorm2d(nn.BatchNorm2d):
     """Switchable normalization of (B, C, H, W) (arXiv 1806.10779).
@@ -273,7 +289,6 @@ class SwitchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, c):
         super().__init__(c)
-        self.num_batches_tracked = None
         self.switch = nn.Parameter(torch.ones(6))
 
     def forward(self, x):
@@ -300,9 +315,11 @@ class SwitchNorm2d(nn.BatchNorm2d):
         shift = self.bias[:, None, None] - mean * scale
         return torch.addcmul(shift, features, scale).to(x.dtype)
 
+
 def variance(mean, mean_square):
     """E[x^2] - E[x]^2, which round-off must not make negative."""
     return (mean_square - mean.square()).clamp(min=0)
+
 
 class WeightNormConv2d(nn.Conv2d):
     """Convolution with weights gain v / |v| and a bias (Salimans and Kingma, arXiv 1602.07868).
@@ -323,10 +340,11 @@ class WeightNormConv2d(nn.Conv2d):
         weight = self.weight * scale[:, None, None, None]
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
+
 # The layer that follows a convolution of c output channels. `initialize` draws its weight and bias,
 # both (c,); its other parameters and its buffers keep the values that its constructor gives them.
 NORMS = {
-    "batch": batch_norm,
+    "batch": nn.BatchNorm2d,
     "layer": layer_norm,
     "instance": instance_norm,
     "group": group_norm,

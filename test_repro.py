@@ -1,25 +1,21 @@
-"""Tests: pytest -q (two minutes on two cores, no network), and with SIGKILLs: pytest -q -k slow.
+"""Tests: pytest -q (two minutes on two cores, no network), and the slow ones: pytest -q -k slow.
 
 Set CIFAR10_DIR to the folder that holds cifar-10-batches-py to run the tests on real images, too.
 """
 import concurrent.futures
 import errno
 import hashlib
-import http.client
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
-import platform
+import pickle
 import re
 import runpy
-import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -46,9 +42,12 @@ slow = pytest.mark.skipif("'slow' not in config.option.keyword", reason="slow: p
 # A network, data and batches that a CPU trains on in a second.
 SMALL = ["--arch", "resnet8", "--dataset", "synthetic", "--device", "cpu", "--batch-size", "16",
          "--epochs", "3"]
+TO_A = SMALL + ["--bn-only", "--out", "a.pt"]   # the command that wrote the fixture `checkpoint`
 (TRAIN_IMAGES, TRAIN_LABELS), (TEST_IMAGES, TEST_LABELS) = train.synthetic_data(0)
 
+
 # --- what the tests share
+
 
 def batch(n=16, first=0, dtype=torch.float32):
     """Normalized training images (n, 3, 32, 32) and their labels (n,)."""
@@ -56,40 +55,47 @@ def batch(n=16, first=0, dtype=torch.float32):
     labels = TRAIN_LABELS[first:first + n]
     return train.normalize(images).to(dtype), labels
 
+
 def command_line(*words):
     """The arguments of train.py with nothing but these words."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, words)])
         return train.parse_command_line()
 
+
 def arguments(*words):
     """The arguments of train.py for a resnet8 in fp32 on the CPU, and whatever `words` say."""
     return command_line("--arch", "resnet8", "--amp", "off", "--device", "cpu", *words)
 
+
 def options_of(args):
     """The options that a checkpoint of these arguments would hold."""
-    return {name: getattr(args, name) for name in train.OPTIONS}
+    return {name: getattr(args, name) for name in train.RECIPE}
+
 
 def built(*words, dtype=torch.float32):
     """The network of these words, in training mode."""
-    return train.build(options_of(arguments(*words))).to(dtype).train()
+    return train.network_of(options_of(arguments(*words))).to(dtype).train()
+
 
 def prepared(*words, dtype=torch.float32):
-    """(model, step, optimizer, scaler) of these words; step takes images and labels."""
+    """(model, step, optimizer, scaler) of these words; step takes batches of 16 and of 7 images."""
     args = arguments(*words)
-    model = built(*words, dtype=dtype).eval()   # as load_checkpoint returns it
-    optimizer, scaler = train.prepare(model, args)
-
-    def step(images, labels):
-        if args.plain:
-            images = images.contiguous()
-        return train.train_step(model, optimizer, scaler, args.amp, images, labels)
+    precision = train.choose_precision(args.amp, args.device)
+    model = built(*words, dtype=dtype).to(args.device)
+    if not args.plain:
+        train.lay_out(model, precision)
+    optimizer = train.make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
+    step = train.make_step(model, optimizer, scaler, precision, 16, 7, args)
     return model, step, optimizer, scaler
+
 
 def trained_vector(model):
     """All parameters that train, as one vector."""
     vectors = [p.detach().flatten() for p in train.trained_parameters(model)]
     return torch.cat(vectors)
+
 
 def run_script(script, *words):
     """Run the command line of a script in this process. Returns the exit status."""
@@ -101,6 +107,7 @@ def run_script(script, *words):
         except SystemExit as stop:
             return stop.code
 
+
 def error_of(capsys, status, script, *words):
     """The line on stderr of a command that fails with this status. argparse prints usage above."""
     assert run_script(script, *words) == status
@@ -110,27 +117,33 @@ def error_of(capsys, status, script, *words):
         assert status == 2 and usage[0].startswith("usage: ")
     return line
 
+
 def raising(error):
     """A function that raises this error whatever it is given."""
     def function(*args, **kwargs):
         raise error
     return function
 
+
 def tiny_data(*args):
     """40 training and 100 test images, whatever load_data is asked for."""
     return (TRAIN_IMAGES[:40], TRAIN_LABELS[:40]), (TEST_IMAGES[:100], TEST_LABELS[:100])
+
 
 def contents_of(folder):
     """{name: content} of the files in a folder, which has no folders in it."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
+
 def files_here():
     return contents_of(pathlib.Path())
+
 
 def epochs_of(path):
     """The epochs in a checkpoint."""
     _, checkpoint = train.load_checkpoint(path)
     return checkpoint["epochs"]
+
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
@@ -140,12 +153,14 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     return tiny_data()
 
+
 @pytest.fixture(autouse=True)
 def interruptible():
     """Ctrl-C ends a script, also if the shell that started pytest in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
@@ -157,12 +172,14 @@ def finished_run(tmp_path_factory):
         assert run_script(train, *SMALL, "--bn-only", "--out", "a.pt") == 0
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
+
 @pytest.fixture
 def checkpoint(tiny, finished_run):
     """A finished run's a.pt and a.json in the current folder."""
     for name, content in finished_run.items():
         pathlib.Path(name).write_bytes(content)
     return pathlib.Path("a.pt")
+
 
 def functional_forward(model, x):
     """The network from its tensors alone: He et al.'s basic blocks in torch.nn.functional."""
@@ -183,12 +200,15 @@ def functional_forward(model, x):
             x = F.relu(x + y)
     return F.linear(x.mean((2, 3)), model.fc.weight, model.fc.bias)
 
+
 @torch.no_grad()
 def functional_accuracy(model, images, labels):
     predictions = functional_forward(model, train.normalize(images)).argmax(1)
     return 100 * (predictions == labels).double().mean().item()
 
+
 # --- models
+
 
 # The paper's table: all parameters and BatchNorm's.
 COUNTS = {
@@ -206,6 +226,7 @@ COUNTS = {
     "wrn14-32": (177_279_498, 35_840),
 }
 
+
 @pytest.mark.parametrize("arch", COUNTS)
 def test_parameter_counts(arch):
     """Each network has the counts of the paper's table. Half of BatchNorm's are gammas."""
@@ -215,9 +236,9 @@ def test_parameter_counts(arch):
         width = int(arch.removeprefix("wrn14-"))
     shortcut = (16 * 32 + 32 * 64) * width ** 2
     output = 64 * width * 10 + 10
-    counts = train.count_parameters(models.empty_model(arch))
-    expected = {
+    assert analyze.counts_of(arch) == {
         "all": total,
+        "not-bn": total - bn,
         "conv": total - bn - shortcut - output,
         "bn": bn,
         "gamma": bn // 2,
@@ -227,7 +248,7 @@ def test_parameter_counts(arch):
         "output": output,
         "trained": total,
     }
-    assert {name: counts[name] for name in expected} == expected
+
 
 @pytest.mark.parametrize("arch, seed, sums", [
     ("resnet14", 0, [10543.398608782, 167.217023304]),
@@ -238,6 +259,7 @@ def test_pinned_initial_values(arch, seed, sums):
     """A name and a seed give the initial values of the first release: |w|, and w by position."""
     model = models.build_model(arch, seed)
     assert models.fingerprint(model.parameters()) == pytest.approx(sums, rel=1e-9)
+
 
 @pytest.mark.parametrize("arch", ["resnet14", "wrn8-2"])
 @pytest.mark.parametrize("training", [True, False])
@@ -252,11 +274,47 @@ def test_forward_pass(arch, training):
     x = random_images()
     torch.testing.assert_close(model(x), functional_forward(model, x), rtol=1e-10, atol=1e-10)
 
+
 def random_images():
     rng = torch.Generator().manual_seed(0)
     return torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=rng)
 
+
+def test_batch_norm_is_pytorchs_own():
+    """Its counter of batches counts, and its statistics can be reset and made averages."""
+    model = models.build_model("resnet8", 0)
+    x = random_images().float()
+    model(x)
+    assert model.bn.num_batches_tracked == 1
+    model.bn.reset_running_stats()
+    model.bn.momentum = None   # a cumulative average
+    model(x)
+    mean = model.conv(x).mean((0, 2, 3))
+    torch.testing.assert_close(model.bn.running_mean, mean)
+
+
+def test_hooks_see_and_keep_features():
+    """No module changes its input in place, so a feature kept by a hook stays as it was."""
+    model = models.build_model("resnet8", 0)
+    kept, gradients = [], []
+
+    def keep(module, inputs, output):
+        kept.append((output, output.detach().clone()))
+
+    def keep_gradient(module, gradients_of_inputs, gradients_of_outputs):
+        gradients.append(gradients_of_outputs[0])
+
+    for name in ("bn", "stage1.0.bn1", "stage1.0.bn2", "stage2.0.shortcut"):
+        model.get_submodule(name).register_forward_hook(keep)
+        model.get_submodule(name).register_full_backward_hook(keep_gradient)
+    model(random_images().float()).sum().backward()
+    assert len(gradients) == 4
+    for output, copy_of_output in kept:
+        assert torch.equal(output, copy_of_output)
+
+
 # --- normalizations
+
 
 @pytest.mark.parametrize("norm, trained", [
     ("batch", 1_120),
@@ -272,6 +330,7 @@ def test_parameters_of_normalizations(norm, trained):
     assert len(trained_vector(model)) == trained
     assert len(prune.gammas(model)) == 560
 
+
 def network_with_betas(norm):
     """A network in float64, in training mode, in which beta isn't zero."""
     model = models.build_model("resnet8", 0, norm).double()
@@ -279,12 +338,15 @@ def network_with_betas(norm):
         beta.data.normal_()
     return model
 
+
 def scaled_and_shifted(x, norm):
     """gamma x + beta."""
     return norm.weight[:, None, None] * x + norm.bias[:, None, None]
 
+
 def assert_equal_up_to_round_off(result, expected):
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+
 
 def test_batch_norm_formula():
     """Statistics of each feature over images and positions (arXiv 1502.03167)."""
@@ -295,6 +357,7 @@ def test_batch_norm_formula():
     normalized = (x - mean) / (var + 1e-5).sqrt()
     expected = scaled_and_shifted(normalized, model.bn)
     assert_equal_up_to_round_off(model.bn(x), expected)
+
 
 @pytest.mark.parametrize("norm, groups", [("layer", 1), ("instance", 16), ("group", 8)])
 def test_group_norm_formulas(norm, groups):
@@ -307,6 +370,7 @@ def test_group_norm_formulas(norm, groups):
     normalized = ((grouped - mean) / (var + 1e-5).sqrt()).view(4, 16, 32, 32)
     expected = scaled_and_shifted(normalized, model.bn)
     assert_equal_up_to_round_off(model.bn(x), expected)
+
 
 def test_switchable_norm_formula():
     """Weighted sums of the statistics of instance, layer and batch norm (arXiv 1806.10779)."""
@@ -325,6 +389,7 @@ def test_switchable_norm_formula():
     expected = scaled_and_shifted(normalized, model.bn)
     assert_equal_up_to_round_off(model.bn(x), expected)
 
+
 def test_weight_norm_formula():
     """Convolution with gain v / |v| and a bias, which nothing follows (arXiv 1602.07868)."""
     model = network_with_betas("weight")
@@ -336,6 +401,7 @@ def test_weight_norm_formula():
     expected = F.conv2d(x, weight, model.conv.bias, padding=1)
     assert_equal_up_to_round_off(model.bn(model.conv(x)), expected)
 
+
 @pytest.mark.parametrize("norm", ["batch", "switchable"])
 def test_evaluation_takes_the_running_statistics(norm):
     """If they are those of the batch, evaluation computes the same as training."""
@@ -346,6 +412,7 @@ def test_evaluation_takes_the_running_statistics(norm):
     model.bn.running_var.copy_(x.var((0, 2, 3), correction=0))
     assert_equal_up_to_round_off(model.eval().bn(x), expected)
 
+
 def test_switchable_norm_moves_its_running_statistics():
     """By a tenth of the way, from 0 and 1, to those of the batch."""
     model = network_with_betas("switchable")
@@ -355,6 +422,7 @@ def test_switchable_norm_moves_its_running_statistics():
     var = x.var((0, 2, 3), correction=0)
     assert_equal_up_to_round_off(model.bn.running_mean, 0.1 * mean)
     assert_equal_up_to_round_off(model.bn.running_var, 0.9 + 0.1 * var)
+
 
 class SizeNorm(nn.Module):
     """A normalization of one's own: divides each feature by a running mean of its magnitude."""
@@ -370,10 +438,12 @@ class SizeNorm(nn.Module):
             self.running_size.lerp_(size, 0.1)
         return x * (self.strength / self.running_size)[:, None, None]
 
+
 @pytest.fixture
 def size_norm(monkeypatch):
     """SizeNorm has a row in NORMS."""
     monkeypatch.setitem(models.NORMS, "size", SizeNorm)
+
 
 def test_a_norm_of_ones_own_keeps_its_constructors_values(size_norm):
     """Only its weight and bias are drawn, as the comment above NORMS says."""
@@ -382,6 +452,7 @@ def test_a_norm_of_ones_own_keeps_its_constructors_values(size_norm):
         if isinstance(module, SizeNorm):
             assert module.strength.eq(0.5).all()
             assert module.running_size.eq(2).all()
+
 
 def test_a_norm_of_ones_own_trains_and_is_saved(size_norm, tiny):
     """With its buffer: the network from the checkpoint has the accuracy that the run recorded."""
@@ -395,7 +466,9 @@ def test_a_norm_of_ones_own_trains_and_is_saved(size_norm, tiny):
     accuracy = train.evaluate(model, images, labels, "off")
     assert accuracy == checkpoint["epochs"][-1]["test_accuracy"]
 
+
 # --- initial values
+
 
 def test_bn_inits():
     """gamma and beta are functions of the same draws, as OpenLTH names them. Other weights stay."""
@@ -415,16 +488,19 @@ def test_bn_inits():
         torch.testing.assert_close(model.bn.bias, beta)
         assert torch.equal(model.stage3[0].conv2.weight, default.stage3[0].conv2.weight)
 
+
 def last_convolution(weight_init):
     """The initial weights of resnet8's last 3x3 convolution, (64, 576), and their std."""
     model = models.build_model("resnet8", 0, weight_init=weight_init)
     return model.stage3[0].conv2.weight.flatten(1), (2 / 576) ** 0.5
+
 
 def test_binary_weights():
     """The signs of the default's weights times their std."""
     weight, std = last_convolution("binary")
     default, _ = last_convolution("kaiming_normal")
     torch.testing.assert_close(weight, std * default.sign())
+
 
 def test_kaiming_uniform_weights():
     """U(-b, b), b = sqrt(3) std: by their quantiles."""
@@ -434,6 +510,7 @@ def test_kaiming_uniform_weights():
     expected = 2 * quantiles - 1
     torch.testing.assert_close(in_units_of_b.quantile(quantiles), expected, rtol=0, atol=0.03)
 
+
 def test_orthogonal_weights():
     """Orthonormal rows, or columns where there are more rows."""
     model = models.build_model("resnet8", 0, weight_init="orthogonal")
@@ -442,6 +519,7 @@ def test_orthogonal_weights():
     torch.testing.assert_close(wide @ wide.T, torch.eye(64), rtol=0, atol=1e-5)
     torch.testing.assert_close(tall.T @ tall, torch.eye(32), rtol=0, atol=1e-5)
 
+
 def test_weight_norm_starts_with_the_gammas_of_batch_norm():
     """As factors of directions: gain = gamma |v|, with v the weights that batch norm would have."""
     batch_norm = models.build_model("resnet8", 0)
@@ -449,6 +527,7 @@ def test_weight_norm_starts_with_the_gammas_of_batch_norm():
     length = batch_norm.conv.weight.square().sum((1, 2, 3)).sqrt()
     assert torch.equal(weight_norm.conv.weight, batch_norm.conv.weight)
     torch.testing.assert_close(weight_norm.conv.gain, batch_norm.bn.weight * length)
+
 
 @pytest.mark.parametrize("option, name", [
     *[("norm", name) for name in models.NORMS],
@@ -467,7 +546,9 @@ def test_initial_values_come_from_the_seed_alone(option, name):
         assert tensor.isfinite().all()
         assert torch.equal(tensor, same_tensor)
 
+
 # --- data
+
 
 def test_augmentation_is_uniform():
     """Every image once, and every crop and flip equally often."""
@@ -478,61 +559,102 @@ def test_augmentation_is_uniform():
         assert len(share) == n
         assert (share - 1 / n).abs().max() < 0.01   # 4 standard deviations or more
 
+
 @pytest.fixture
-def cifar10(monkeypatch):
-    """torchvision's class CIFAR10, without a network."""
+def cifar10(tmp_path, monkeypatch):
+    """torchvision's CIFAR10 with two images in each batch and without a network.
+
+    The folder "made" in the current one holds the batches and the archive.
+    """
     dataset = train.import_cifar10()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", raising(OSError("no route to host")))
+    batches = tmp_path / "made/cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    md5s = {}
+    for name, _ in dataset.train_list + dataset.test_list + [("batches.meta", "")]:
+        content = {"data": np.full((2, 3072), len(md5s), np.uint8), "labels": [len(md5s), 9],
+                   "label_names": list("abcdefghij")}
+        (batches / name).write_bytes(pickle.dumps(content))
+        md5s[name] = hashlib.md5((batches / name).read_bytes()).hexdigest()
+    for attribute in ("train_list", "test_list"):
+        names = [name for name, _ in getattr(dataset, attribute)]
+        monkeypatch.setattr(dataset, attribute, [[name, md5s[name]] for name in names])
+    monkeypatch.setattr(dataset, "meta", {"filename": "batches.meta", "key": "label_names",
+                                          "md5": md5s["batches.meta"]})
+    archive = shutil.make_archive("made/cifar-10-python", "gztar", tmp_path / "made",
+                                  "cifar-10-batches-py")
+    md5 = hashlib.md5(pathlib.Path(archive).read_bytes()).hexdigest()
+    monkeypatch.setattr(dataset, "tgz_md5", md5)
     return dataset
 
-@pytest.mark.parametrize("damaged", [
-    "x/cifar-10-batches-py/data_batch_1",
-    "x/cifar-10-python.tar.gz",
-])
-@pytest.mark.parametrize("data_dir", ["x", "x/cifar-10-batches-py"])
-def test_damaged_cifar10_offline_is_one_line(damaged, data_dir, cifar10, tmp_path, capsys):
-    """It names the folder, the reason, where to fetch the data, and how to go on."""
-    (tmp_path / "x/cifar-10-batches-py").mkdir(parents=True)
-    (tmp_path / damaged).write_bytes(b"half")
-    data_dir = tmp_path / data_dir
-    words = ["--arch", "resnet8", "--device", "cpu", "--out", tmp_path / "a.pt"]
-    line = error_of(capsys, 1, train, *words, "--data-dir", data_dir)
-    reason = f"no intact CIFAR-10 in {data_dir}, and it can't be put there (no route to host)"
-    assert line.startswith(f"train.py: error: {reason}: fetch {cifar10.url} ")
-    assert line.endswith(" --data-dir")
-    assert (tmp_path / damaged).read_bytes() == b"half"
 
-def test_folder_that_cannot_be_written_is_one_line(cifar10, tmp_path, monkeypatch):
-    """As a read-only folder without the batches."""
-    monkeypatch.setattr(pathlib.Path, "mkdir", raising(PermissionError(13, "Permission denied")))
-    with pytest.raises(train.UserError, match=r"no intact CIFAR-10 in .*Permission denied.*fetch"):
-        train.load_data("cifar10", tmp_path, 0)
+def assert_is_small_cifar10(data):
+    (train_images, train_labels), (test_images, test_labels) = data
+    assert train_images.shape == (10, 32, 32, 3)
+    assert test_images.shape == (2, 32, 32, 3)
+    assert train_labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert test_labels.tolist() == [5, 9]
 
-def test_host_that_answers_rubbish_is_one_line(cifar10, tmp_path, monkeypatch):
-    """As the login page of a hotel's network."""
-    monkeypatch.setattr("urllib.request.urlopen", raising(http.client.BadStatusLine("rubbish")))
-    with pytest.raises(train.UserError, match="no intact CIFAR-10 in .*rubbish.*fetch"):
-        train.load_data("cifar10", tmp_path, 0)
 
-@pytest.mark.parametrize("batches, data_dir", [
-    ("x/cifar-10-batches-py", "x"),
-    ("any name", "any name"),
-])
-def test_data_dir_is_the_batches_folder_or_its_parent(batches, data_dir, tmp_path, monkeypatch):
-    """The batches are found by content, and nothing is fetched."""
-    folders = []
-    monkeypatch.setattr(train, "read_batches", folders.append)
-    (tmp_path / batches).mkdir(parents=True)
-    (tmp_path / batches / "data_batch_1").touch()
-    train.load_cifar10(tmp_path / data_dir)
-    assert folders == [tmp_path / batches]
+@pytest.mark.parametrize("data_dir", ["made", "made/cifar-10-batches-py", "any name"])
+def test_data_dir_is_the_batches_folder_or_its_parent(data_dir, cifar10):
+    """The batches are found by content, through a link, too."""
+    pathlib.Path("any name").symlink_to("made/cifar-10-batches-py")
+    assert_is_small_cifar10(train.load_data("cifar10", data_dir, 0))
+
+
+def test_archive_in_data_dir_is_unpacked_without_a_download(cifar10, capsys):
+    """Its batches then lie beside it, and nothing else."""
+    pathlib.Path("data").mkdir()
+    shutil.copy("made/cifar-10-python.tar.gz", "data")
+    assert_is_small_cifar10(train.load_data("cifar10", "data", 0))
+    assert sorted(os.listdir("data")) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    assert "downloading" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken_archive", [False, True])
+def test_no_network_is_one_line(broken_archive, cifar10, capsys):
+    """It says what to fetch and where to put it. A broken archive stays, no empty folder does."""
+    if broken_archive:
+        pathlib.Path("data").mkdir()
+        pathlib.Path("data/cifar-10-python.tar.gz").write_bytes(b"half")
+    line = error_of(capsys, 1, train, "--arch", "resnet8", "--device", "cpu")
+    assert line == (
+        "train.py: error: CIFAR-10 is not in data and can't be downloaded (no route to host): get "
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz elsewhere and put it there as "
+        "cifar-10-python.tar.gz")
+    if broken_archive:
+        assert contents_of(pathlib.Path("data")) == {"cifar-10-python.tar.gz": b"half"}
+    else:
+        assert os.listdir() == ["made"]
+
+
+def test_data_of_ones_own_is_refused_and_never_touched(cifar10, capsys):
+    """A folder with other labels than CIFAR-10's, with and without the archive beside it."""
+    folder = pathlib.Path("made/cifar-10-batches-py")
+    (folder / "test_batch").write_bytes((folder / "data_batch_1").read_bytes())
+    before = contents_of(folder)
+    line = error_of(capsys, 1, train, "--arch", "resnet8", "--device", "cpu", "--data-dir", "made")
+    assert "made/cifar-10-batches-py is not CIFAR-10 " in line
+    assert contents_of(folder) == before
+
+
+def test_batches_that_another_process_put_there_meanwhile_are_read(cifar10, monkeypatch):
+    """A folder appears as a whole or not at all, so whoever comes second takes what is there."""
+    def slow_download(url, source, temporary, filename, md5):
+        shutil.copytree("made/cifar-10-batches-py", f"{temporary}/cifar-10-batches-py")
+        shutil.copytree("made/cifar-10-batches-py", "data/cifar-10-batches-py")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", slow_download)
+    assert_is_small_cifar10(train.load_data("cifar10", "data", 0))
+    assert os.listdir("data") == ["cifar-10-batches-py"]
+
 
 @real_images
-def test_data_dir_may_be_a_link_to_the_batches(cifar10, tmp_path):
-    """A link of any name. Nothing is fetched."""
-    batches = pathlib.Path(os.environ["CIFAR10_DIR"]).absolute() / "cifar-10-batches-py"
-    (tmp_path / "x").symlink_to(batches)
-    train_split, test_split = train.load_data("cifar10", tmp_path / "x", 0)
+def test_cifar10():
+    """50,000 and 10,000 images, of each class as many."""
+    train_split, test_split = train.load_data("cifar10", os.environ["CIFAR10_DIR"], 0)
     train_images, train_labels = train_split
     test_images, test_labels = test_split
     assert train_images.shape == (50_000, 32, 32, 3)
@@ -540,161 +662,9 @@ def test_data_dir_may_be_a_link_to_the_batches(cifar10, tmp_path):
     assert torch.equal(train_labels.bincount(), torch.full((10,), 5_000))
     assert torch.equal(test_labels.bincount(), torch.full((10,), 1_000))
 
-def test_archive_is_unpacked_without_a_download(cifar10, tmp_path, monkeypatch, capsys):
-    """If the intact archive lies in --data-dir."""
-    (tmp_path / "made/cifar-10-batches-py").mkdir(parents=True)
-    (tmp_path / "made/cifar-10-batches-py/data_batch_1").write_bytes(b"images")
-    archive = shutil.make_archive(tmp_path / "cifar-10-python", "gztar", tmp_path / "made")
-    md5 = hashlib.md5(pathlib.Path(archive).read_bytes()).hexdigest()
-    monkeypatch.setattr(cifar10, "tgz_md5", md5)
-    folder = tmp_path / "batches"
-    train.fetch_batches(tmp_path, folder)
-    assert contents_of(folder) == {"data_batch_1": b"images"}
-    assert "downloading" not in capsys.readouterr().out
-
-@pytest.fixture
-def downloads(cifar10, monkeypatch):
-    """Downloads put two small files where they are told, and add their timeout to this list."""
-    timeouts = []
-
-    def download(url, source, private, filename, md5):
-        assert url == cifar10.url
-        timeouts.append(socket.getdefaulttimeout())
-        batches = pathlib.Path(private, "cifar-10-batches-py")
-        batches.mkdir()
-        (batches / "data_batch_1").write_bytes(b"images")
-        (batches / "test_batch").write_bytes(b"others")
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", download)
-    return timeouts
-
-def test_batches_are_moved_into_the_folder(downloads, tmp_path, capsys):
-    """Nothing else is left in it, and a line said that the download began."""
-    folder = tmp_path / "batches"
-    train.fetch_batches(tmp_path, folder)
-    assert contents_of(folder) == {"data_batch_1": b"images", "test_batch": b"others"}
-    assert capsys.readouterr().out.startswith("downloading CIFAR-10 (170 MB) from https://")
-
-def test_batches_that_another_process_put_there_are_no_obstacle(downloads, tmp_path):
-    """Any number of processes may fetch them at once: a file is replaced by the same file."""
-    folder = tmp_path / "batches"
-    train.fetch_batches(tmp_path, folder)
-    train.fetch_batches(tmp_path, folder)
-    assert contents_of(folder) == {"data_batch_1": b"images", "test_batch": b"others"}
-
-def test_a_download_never_touches_a_batch_before_it_is_whole(downloads, tmp_path, monkeypatch):
-    """What another process reads in the folder stays, if a download breaks off."""
-    folder = tmp_path / "batches"
-    train.fetch_batches(tmp_path, folder)
-
-    def breaks_off(url, source, private, filename, md5):
-        pathlib.Path(private, "data_batch_1").write_bytes(b"ima")
-        raise OSError("timed out")
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", breaks_off)
-    with pytest.raises(train.UserError, match="timed out"):
-        train.fetch_batches(tmp_path, folder)
-    assert contents_of(folder) == {"data_batch_1": b"images", "test_batch": b"others"}
-
-def test_download_gives_up_after_a_silent_minute(downloads, tmp_path, monkeypatch):
-    """By the timeout of sockets, which is put back afterwards, also if the download fails."""
-    before = socket.getdefaulttimeout()
-    train.fetch_batches(tmp_path, tmp_path)
-    assert downloads == [60]
-    assert socket.getdefaulttimeout() == before
-    monkeypatch.setattr(os, "replace", raising(OSError("no space")))
-    with pytest.raises(train.UserError):
-        train.fetch_batches(tmp_path, tmp_path)
-    assert downloads == [60, 60]
-    assert socket.getdefaulttimeout() == before
-
-# --- defaults of a notebook, and switches
-
-@pytest.fixture
-def defaults_put_back():
-    """PyTorch's default dtype and device are those of a fresh process again after the test."""
-    yield
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-
-def default_to_float64():
-    torch.set_default_dtype(torch.float64)
-
-def default_to_meta():
-    torch.set_default_device("meta")
-
-set_defaults = pytest.mark.parametrize("set_default", [default_to_float64, default_to_meta])
-
-def network_and_batch():
-    """All tensors of networks, an augmented batch, and fingerprints, as a list."""
-    switchable = models.build_model("resnet8", 0, "switchable", "oneone", "kaiming_uniform")
-    weight_norm = models.build_model("resnet8", 0, "weight", "uniform", "orthogonal")
-    random = train.build(options_of(arguments("--train", "random")))
-    tensors = []
-    for model in [switchable, weight_norm, random]:
-        tensors += [*model.parameters(), *model.buffers()]
-    order, offset, flip = train.draw_augmentation(40, torch.Generator("cpu").manual_seed(0))
-    padded = F.pad(TRAIN_IMAGES[:40], (0, 0, 4, 4, 4, 4))
-    augmented_images = train.augment(padded, order, offset, flip)
-    train.row_constants.cache_clear()   # so that it computes them again
-    tensors += [order, offset, flip, augmented_images, train.normalize(augmented_images)]
-    return tensors, models.fingerprint(tensors)
-
-@set_defaults
-def test_notebooks_defaults_do_not_matter(set_default, defaults_put_back):
-    """After torch.set_default_dtype or set_default_device, networks and batches are the same."""
-    expected_tensors, expected_fingerprint = network_and_batch()
-    set_default()
-    tensors, fingerprint = network_and_batch()
-    assert fingerprint == expected_fingerprint
-    for tensor, expected in zip(tensors, expected_tensors, strict=True):
-        assert tensor.device == CPU
-        assert tensor.dtype == expected.dtype
-        assert torch.equal(tensor, expected)
-
-@set_defaults
-def test_notebooks_defaults_do_not_matter_to_a_run(set_default, tiny, defaults_put_back):
-    """It gives the same checkpoint."""
-    words = [*SMALL, "--bn-only", "--epochs", 1, "--out"]
-    assert run_script(train, *words, "a.pt") == 0
-    set_default()
-    assert run_script(train, *words, "b.pt") == 0
-    model, checkpoint = train.load_checkpoint("a.pt")
-    other, other_checkpoint = train.load_checkpoint("b.pt")
-    assert checkpoint["epochs"][0]["train_loss"] == other_checkpoint["epochs"][0]["train_loss"]
-    assert torch.equal(trained_vector(model), trained_vector(other))
-
-@pytest.fixture
-def tf32():
-    """fp32 may be computed as TF32, as in a notebook that wants speed. Put back after the test."""
-    matmul = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    convolutions = torch.backends.cudnn.conv.fp32_precision
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    yield
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = cudnn
-    torch.backends.cudnn.conv.fp32_precision = convolutions
-
-def fp32_switches():
-    """Reading them raises an exception where old and new ones disagree."""
-    matmul = torch.get_float32_matmul_precision()
-    return matmul, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision
-
-def test_importing_train_leaves_the_switches_alone(tf32):
-    """As someone expects who uses load_checkpoint in a program of his own."""
-    before = fp32_switches()
-    runpy.run_path(train.__file__)
-    assert fp32_switches() == before == ("high", True, "tf32")
-
-def test_a_run_computes_fp32_in_full(tf32):
-    """Not in TF32."""
-    prepared()
-    assert fp32_switches() == ("highest", False, "ieee")
 
 # --- what trains
+
 
 # The groups of resnet8's parameters by their names, which decide what the tests expect.
 GROUP_NAMES = {
@@ -707,6 +677,7 @@ GROUP_NAMES = {
     "output": r"fc\.(weight|bias)",
 }
 
+
 def names_that_train(mode):
     """A regular expression of the names of resnet8's parameters that `--train mode` trains."""
     if mode == "all":
@@ -714,6 +685,7 @@ def names_that_train(mode):
     if mode == "not-bn":
         mode = "conv+shortcut+output"
     return "|".join(GROUP_NAMES[group] for group in mode.split("+"))
+
 
 def combinations_of_groups():
     """All 15 of conv, bn, shortcut and output."""
@@ -723,6 +695,7 @@ def combinations_of_groups():
             combinations.append("+".join(groups))
     return combinations
 
+
 def three_steps(*words):
     """resnet8 before and after three steps (the first has no momentum) in float64."""
     words = [*words, "--weight-decay", 0.1]
@@ -731,6 +704,7 @@ def three_steps(*words):
     for _ in range(3):
         step(*batch(dtype=torch.float64))
     return before, model
+
 
 def assert_exactly_these_change(names, before, model):
     """Those parameters whose whole names match the regular expression."""
@@ -743,14 +717,18 @@ def assert_exactly_these_change(names, before, model):
         else:
             assert not changed.any(), name
 
+
 MODES = ["all", "not-bn", *combinations_of_groups(), "gamma", "beta", "gamma+output", "beta+conv",
-         "conv+gamma+shortcut", "shortcut-bn", "shortcut+shortcut-bn+output"]
+         "conv+gamma+shortcut", "shortcut-bn", "shortcut+shortcut-bn+output", "gamma+beta",
+         "bn+gamma", "output+shortcut-bn+bn"]
+
 
 @pytest.mark.parametrize("mode", MODES)
 def test_exactly_the_right_parameters_change(mode):
     """Those of the groups that --train names; the others keep every bit."""
     before, model = three_steps("--train", mode)
     assert_exactly_these_change(names_that_train(mode), before, model)
+
 
 @pytest.mark.parametrize("norm, mode, names", [
     ("layer", "bn", GROUP_NAMES["bn"]),
@@ -771,6 +749,7 @@ def test_exactly_the_right_parameters_change_with_other_norms(norm, mode, names)
     before, model = three_steps("--train", mode, "--norm", norm)
     assert_exactly_these_change(names, before, model)
 
+
 def test_random_changes_two_weights_per_channel():
     """Two in every output channel of all nine convolutions, and nothing else."""
     _, model = three_steps("--train", "random")
@@ -786,11 +765,13 @@ def test_random_changes_two_weights_per_channel():
     for name, parameter in initial.named_parameters():
         assert torch.equal(after[name], parameter), name
 
+
 def test_pinned_places_of_the_random_weights():
     """A seed chooses the weights of the first release: a checkpoint holds their values alone."""
     model = built("--train", "random", "--arch", "resnet14")
     assert model.conv.chosen[:4].tolist() == [21, 25, 43, 49]
     assert model.stage3[1].conv2.chosen[-2:].tolist() == [36729, 36383]
+
 
 def test_random_starts_as_the_same_network():
     """Which of its weights train doesn't change what it computes."""
@@ -799,52 +780,27 @@ def test_random_starts_as_the_same_network():
     x = random_images()
     torch.testing.assert_close(model(x), functional_forward(initial, x))
 
+
 @pytest.mark.parametrize("text, spelling", [
     ("all", "all"),
-    ("output+bn+conv+shortcut", "all"),
-    ("not-bn", "not-bn"),
-    ("output+conv+shortcut", "not-bn"),
     ("random", "random"),
-    ("bn", "bn"),
     ("output+bn", "bn+output"),
-    ("output+gamma", "gamma+output"),
-    ("output+shortcut", "shortcut+output"),
-    ("bn+conv", "conv+bn"),
+    ("beta+gamma", "gamma+beta"),
+    ("gamma+bn+bn", "bn+gamma"),
     ("output+shortcut-bn+shortcut", "shortcut+shortcut-bn+output"),
 ])
 def test_one_spelling_of_what_trains(text, spelling):
-    """Presets by their names, groups in one order."""
+    """Groups are joined in one order and each once, so that a run has one name."""
     assert arguments("--train", text).train == spelling
 
-@pytest.mark.parametrize("text", [
-    "everything",
-    "",
-    "BN",
-    "all+bn",
-    "random+bn",
-    "bn+bn",
-    "gamma+gamma+beta",
-])
-def test_unknown_or_doubled_groups_are_refused(text, tiny, capsys):
-    """By a line that lists the groups."""
-    line = error_of(capsys, 2, train, *SMALL, "--train", text)
-    assert line == (
-        f"train.py: error: argument --train: {text}: not all, not-bn, random, "
-        f"or some of {', '.join(train.GROUPS)} joined by +, each once")
 
-@pytest.mark.parametrize("text", [
-    "bn+gamma",
-    "gamma+beta",
-    "beta+output+gamma",
-    "bn+shortcut-bn",
-    "gamma+shortcut-bn",
-    "shortcut-bn+beta",
-])
-def test_two_parts_of_bn_are_refused(text, tiny, capsys):
-    """So that what trains has one name. With --norm switchable, bn is more than gamma and beta."""
-    line = error_of(capsys, 2, train, *SMALL, "--train", text)
-    assert line == (f"train.py: error: argument --train: {text}: "
-                    f"only one of {', '.join(train.PARTS_OF_BN)}")
+@pytest.mark.parametrize("text", ["everything", "", "BN", "random+bn"])
+def test_unknown_groups_are_refused(text, tiny, capsys):
+    """The line lists the groups."""
+    line = error_of(capsys, 2, train, *SMALL, f"--train={text}")
+    assert line == (f"train.py: error: argument --train: {text}: not random, or some of "
+                    f"{', '.join(train.GROUPS)} joined by +")
+
 
 @pytest.mark.parametrize("mode, count", [
     ("all", 175_258),
@@ -863,22 +819,56 @@ def test_trained_counts(mode, count):
     assert len(trained_vector(model)) == count
     assert train.count_parameters(model)["trained"] == count
 
-def test_convolutions_of_other_sizes_train_with_their_group():
+
+class OthersBlock(nn.Module):
+    """Layers as other networks have them: a convolution with a bias, GroupNorm, a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.GroupNorm(2, 8)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def test_all_is_every_parameter_of_any_network():
     """Someone who changes the network has all of it trained by --train all."""
-    model = models.ResNet(8)
-    model.conv = nn.Conv2d(3, 16, 5, padding=2, bias=False)
-    model.stage2[0].shortcut[0] = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
-    shapes = [parameter.shape for parameter in train.parameters_of(model, ["shortcut"])]
-    assert shapes == [(32, 16, 3, 3), (64, 32, 1, 1)]
-    in_all = train.parameters_of(model, train.PRESETS["all"])
-    assert len(in_all) == len(list(model.parameters()))
+    model = OthersBlock()
+    train.freeze(model, "all")
+    assert len(train.trained_parameters(model)) == len(list(model.parameters())) == 5
+
+
+def test_freeze_of_torchvisions_resnet18():
+    """It has 9,600 gammas and betas in 20 BatchNorm layers; conv includes its downsampling."""
+    train.import_cifar10()   # torchvision can be without its operators
+    from torchvision.models import resnet18
+    model = resnet18(num_classes=10)
+    train.freeze(model, "bn")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            expected |= {f"{name}.weight", f"{name}.bias"}
+    assert trained == expected
+    assert train.count_parameters(model)["trained"] == 9_600
+    train.freeze(model, "conv+output")
+    assert model.layer2[0].downsample[0].weight.requires_grad
+    assert not model.layer2[0].downsample[1].weight.requires_grad
+
+
+def test_random_refuses_a_convolution_that_it_cannot_keep():
+    """Instead of dropping its bias."""
+    with pytest.raises(train.UserError, match="without bias.* unlike conv"):
+        train.train_two_weights_per_channel(OthersBlock(), 0)
+
 
 def test_random_does_not_go_with_weight_norm(tiny, capsys):
-    """Its convolutions compute their weights, so there are none to choose from."""
+    """Its convolutions have a bias, and compute their weights."""
     line = error_of(capsys, 2, train, *SMALL, "--train", "random", "--norm", "weight")
-    assert line == "train.py: error: --train random does not go with --norm weight"
+    assert line.endswith("without bias, groups and dilation, unlike conv")
+
 
 # --- training
+
 
 def test_steps_are_those_of_sgd():
     """v = 0.9 v + g + decay w; w = w - lr v, written out in float64 for three steps."""
@@ -900,10 +890,12 @@ def test_steps_are_those_of_sgd():
     parameters = train.trained_parameters(model)
     torch.testing.assert_close(parameters, gammas_betas, rtol=1e-9, atol=1e-12)
 
+
 def test_learning_rate_drops_after_epochs_80_and_120():
     """The milestones of the paper's recipe, as OpenLTH has it."""
     rates = [train.learning_rate(0.1, epoch, 160) for epoch in range(160)]
     assert rates == [0.1] * 80 + [0.01] * 40 + [0.001] * 40
+
 
 def augmented(image, offset, flip):
     """An image (32, 32, 3) padded by 4 black pixels, cropped, flipped, normalized; (3, 32, 32)."""
@@ -916,6 +908,7 @@ def augmented(image, offset, flip):
     imagenet_std = [0.229, 0.224, 0.225]
     normalized = (crop / 255 - imagenet_mean) / imagenet_std
     return torch.tensor(normalized, dtype=torch.float32).permute(2, 0, 1)
+
 
 def run_of_four_epochs(monkeypatch):
     """Train on 40 images in batches of 16.
@@ -942,6 +935,7 @@ def run_of_four_epochs(monkeypatch):
     steps_of_epochs = [steps[first:first + 3] for first in range(0, 12, 3)]
     return epochs_of("a.pt"), steps_of_epochs
 
+
 def test_every_epoch_has_each_image_once(tiny, monkeypatch):
     """In a new order, with its label, its own crop and flip. The last batch is smaller."""
     _, steps_of_epochs = run_of_four_epochs(monkeypatch)
@@ -956,12 +950,14 @@ def test_every_epoch_has_each_image_once(tiny, monkeypatch):
         assert torch.equal(labels, all_labels[order])
         assert [len(step["labels"]) for step in steps] == [16, 16, 8]
 
+
 def test_every_step_has_the_learning_rate_of_its_epoch(tiny, monkeypatch):
     """In the optimizer as in the record."""
     epochs, steps_of_epochs = run_of_four_epochs(monkeypatch)
     assert [epoch["lr"] for epoch in epochs] == [0.1, 0.1, 0.01, 0.001]
     for epoch, steps in zip(epochs, steps_of_epochs):
         assert [step["lr"] for step in steps] == [epoch["lr"]] * 3
+
 
 def test_an_epochs_loss_and_accuracy_are_those_of_its_steps(tiny, monkeypatch):
     """The mean loss over images, not over batches; the accuracy in percent."""
@@ -972,6 +968,7 @@ def test_an_epochs_loss_and_accuracy_are_those_of_its_steps(tiny, monkeypatch):
         assert epoch["train_loss"] == pytest.approx(np.average(losses, weights=[16, 16, 8]))
         assert epoch["train_accuracy"] == 100 * correct / 40
 
+
 def test_a_learning_rate_in_memory_stays_where_it_is():
     """A CUDA graph reads it from the address that it had at the capture."""
     rate = torch.tensor(0.1)
@@ -980,6 +977,7 @@ def test_a_learning_rate_in_memory_stays_where_it_is():
     assert optimizer.param_groups[0]["lr"] is rate
     assert rate == torch.tensor(0.01)
 
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_the_loss_is_not_in_half_precision(amp):
     """Cross-entropy of logits in float32, as autocast has it."""
@@ -987,11 +985,13 @@ def test_the_loss_is_not_in_half_precision(amp):
     loss, _ = step(*batch())
     assert loss.dtype == torch.float32
 
+
 @pytest.mark.parametrize("device, plain", [("mps", True), ("cpu", False)])
 def test_training_is_plain_on_apples_gpus(device, plain, monkeypatch):
     """channels_last gives wrong gradients there (pytorch#175189)."""
-    monkeypatch.setattr(train, "parse_device", torch.device)
+    monkeypatch.setattr(train, "choose_device", torch.device)
     assert command_line("--device", device).plain == plain
+
 
 def test_defaults_are_the_papers():
     """The recipe as OpenLTH has it; amp is ours."""
@@ -1012,16 +1012,39 @@ def test_defaults_are_the_papers():
     }
     assert args.data_dir == "data"
 
+
+# --- names
+
+
 @pytest.mark.parametrize("words, name", [
-    ("--arch resnet866 --bn-only", "resnet866-bn-s0.pt"),
-    ("--train gamma+output --lr 0.03", "resnet14-gamma+output-lr0.03-s0.pt"),
+    ("--arch resnet866 --bn-only", "resnet866-bn-s0"),
+    ("--train gamma+output --lr 0.03", "resnet14-gamma+output-lr0.03-s0"),
     ("--norm layer --bn-init oneone --weight-init binary --seed 3",
-     "resnet14-all-layer-oneone-binary-s3.pt"),
+     "resnet14-all-layer-oneone-binary-s3"),
+    ("--arch resnet8 --bn-only --dataset synthetic --epochs 2", "resnet8-bn-synthetic-epochs2-s0"),
+    ("--bn-only --lr 1", "resnet14-bn-lr1.0-s0"),
+    ("--bn-only --batch-size 64 --weight-decay 0", "resnet14-bn-batch_size64-weight_decay0.0-s0"),
+    ("--arch resnet110 --bn-only --amp off", "resnet110-bn-off-s0"),
 ])
-def test_default_name_tells_what_differs_from_the_recipe(words, name):
-    """Of what the tables of analyze.py show as runs of their own."""
+def test_name_and_command_tell_all_that_differs_from_the_recipe(words, name):
+    """The command is the inverse of the name: it gives the same options."""
     args = command_line("--device", "cpu", *words.split())
-    assert args.out == pathlib.Path("runs", name)
+    assert args.out == pathlib.Path("runs", f"{name}.pt")
+    python, script, *command = train.command(options_of(args)).split()
+    assert (python, script) == ("python", "train.py")
+    assert options_of(command_line("--device", "cpu", *command)) == options_of(args)
+    named = {word for word in words.split() if word.startswith("--")}
+    assert {word for word in command if word.startswith("--")} == named | {"--arch"}
+
+
+def test_names_are_unambiguous():
+    """No two options have a value in common, so a value in a name needs no option's name."""
+    parser = train.make_parser()
+    values = list(train.GROUPS) + ["random"]
+    for action in parser._actions:
+        values += action.choices or []
+    assert len(values) == len(set(values)) == 30
+
 
 def test_tilde_after_an_equals_sign_is_the_home_folder():
     """A shell leaves it as it is."""
@@ -1029,25 +1052,35 @@ def test_tilde_after_an_equals_sign_is_the_home_folder():
     assert args.data_dir == os.path.expanduser("~/x")
     assert args.out == pathlib.Path.home() / "x.pt"
 
+
 # --- precision
 
-@pytest.mark.parametrize("device, has_bf16, amp", [
-    ("cuda", True, "bf16"),
-    ("cuda", False, "fp16"),
-    ("cpu", True, "off"),
+
+@pytest.mark.parametrize("amp, device, has_bf16, precision", [
+    ("auto", "cuda", True, "bf16"),
+    ("auto", "cuda", False, "fp16"),
+    ("auto", "cpu", True, "off"),
+    ("bf16", "cpu", False, "bf16"),
+    ("off", "cuda", True, "off"),
 ])
-def test_amp_auto(device, has_bf16, amp, monkeypatch):
-    """bf16 on GPUs that have it, not emulated; fp16 on older ones; off elsewhere."""
+def test_precision_of_a_run(amp, device, has_bf16, precision, monkeypatch):
+    """By default bf16 on GPUs that have it, not emulated; fp16 on older ones; fp32 elsewhere."""
     def is_bf16_supported(including_emulation=True):
         return has_bf16 or including_emulation
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert train.default_amp(torch.device(device)) == amp
+    assert train.choose_precision(amp, torch.device(device)) == precision
 
-def test_a_run_records_the_precision_that_auto_gave(tiny):
-    """Here, on a CPU, off."""
-    assert run_script(train, *SMALL, "--epochs", 1, "--amp", "auto", "--out", "a.pt") == 0
+
+@pytest.mark.parametrize("amp, precision", [("auto", "off"), ("bf16", "bf16")])
+def test_a_run_records_its_precision(amp, precision, tiny):
+    """Beside --amp as it was given."""
+    assert run_script(train, *SMALL, "--epochs", 1, "--amp", amp, "--out", "a.pt") == 0
     _, checkpoint = train.load_checkpoint("a.pt")
-    assert checkpoint["options"]["amp"] == "off"
+    record = train.read_record(pathlib.Path("a.json"))
+    for content in (checkpoint, record):
+        assert content["options"]["amp"] == amp
+        assert content["precision"] == precision
+
 
 @pytest.mark.parametrize("amp, dtype", [
     ("bf16", torch.bfloat16),
@@ -1067,52 +1100,6 @@ def test_precision_of_convolutions(amp, dtype):
     train.evaluate(model, TEST_IMAGES[:10], TEST_LABELS[:10], amp)
     assert seen == [dtype, dtype]
 
-def cpu_with(monkeypatch, *instructions):
-    """Let PyTorch see a CPU with these instructions."""
-    capabilities = {"avx2": True, "avx512_bf16": False, "architecture": "x86_64"}
-    capabilities.update(dict.fromkeys(instructions, True))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-
-@pytest.mark.parametrize("amp, instructions", [
-    ("bf16", "avx512_bf16"),
-    ("bf16", "amx_bf16"),
-    ("bf16", "bf16"),   # ARM's name
-    ("fp16", "avx512_fp16"),
-    ("fp16", "amx_fp16"),
-])
-def test_evaluation_keeps_a_precision_that_the_cpu_has(amp, instructions, monkeypatch, capsys):
-    """By the names that PyTorch gives to a CPU's instructions."""
-    cpu_with(monkeypatch, instructions)
-    assert train.evaluation_amp(amp, CPU) == amp
-    assert capsys.readouterr().out == ""
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_evaluation_is_in_fp32_if_the_cpu_would_emulate(amp, monkeypatch, capsys):
-    """Emulation is slow. A line says so."""
-    cpu_with(monkeypatch)
-    assert train.evaluation_amp(amp, CPU) == "off"
-    line = capsys.readouterr().out
-    assert line.startswith(f"evaluated in fp32, because this CPU has no {amp} instructions")
-
-@pytest.mark.parametrize("amp, device", [("bf16", "cuda"), ("fp16", "cuda"), ("off", "cpu")])
-def test_evaluation_keeps_the_precision_elsewhere(amp, device, monkeypatch, capsys):
-    """On a GPU, whatever the CPU lacks, and in fp32."""
-    cpu_with(monkeypatch)
-    assert train.evaluation_amp(amp, torch.device(device)) == amp
-    assert capsys.readouterr().out == ""
-
-@pytest.mark.parametrize("amp, instructions, lines", [
-    ("bf16", [], 1),
-    ("bf16", ["avx512_bf16"], 0),
-    ("fp16", ["avx512_bf16"], 1),
-    ("off", [], 0),
-])
-def test_training_warns_of_emulation(amp, instructions, lines, tiny, monkeypatch, capsys):
-    """In a line, because it is many times slower than fp32."""
-    cpu_with(monkeypatch, *instructions)
-    assert run_script(train, *SMALL, "--bn-only", "--amp", amp, "--epochs", 1) == 0
-    warnings = re.findall(f"^this CPU has no {amp} instructions", capsys.readouterr().out, re.M)
-    assert len(warnings) == lines
 
 def test_first_step_that_overflows_in_fp16_changes_nothing():
     """But the scale, which it halves."""
@@ -1127,7 +1114,45 @@ def test_first_step_that_overflows_in_fp16_changes_nothing():
     for buffer in momentum:
         assert not buffer.any()
 
+
+@pytest.fixture
+def tf32():
+    """fp32 may be computed as TF32, as in a notebook that wants speed. Put back after the test."""
+    matmul = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    convolutions = torch.backends.cudnn.conv.fp32_precision
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    torch.backends.cudnn.conv.fp32_precision = convolutions
+
+
+def fp32_switches():
+    """Reading them raises an exception where old and new ones disagree."""
+    matmul = torch.get_float32_matmul_precision()
+    return matmul, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision
+
+
+def test_importing_train_leaves_the_switches_alone(tf32):
+    """As someone expects who uses load_checkpoint in a program of his own."""
+    before = fp32_switches()
+    runpy.run_path(train.__file__)
+    assert fp32_switches() == before == ("high", True, "tf32")
+
+
+@pytest.mark.parametrize("script", [train, prune, analyze])
+def test_scripts_compute_fp32_in_full(script, tf32, checkpoint):
+    """Not in TF32, wherever they run."""
+    words = TO_A + ["--resume"] if script is train else ["a.pt"]
+    assert run_script(script, *words) == 0
+    assert fp32_switches() == ("highest", False, "ieee")
+
+
 # --- fast path
+
 
 @pytest.fixture
 def fresh_compiler():
@@ -1136,6 +1161,7 @@ def fresh_compiler():
     yield
     torch.compiler.set_stance("default")
 
+
 def twenty_steps(device, dtype, *words):
     """Train on batches of 16 and now and then 7, the last of an epoch.
 
@@ -1143,9 +1169,7 @@ def twenty_steps(device, dtype, *words):
     """
     words = ["--device", device, *words]
     before = train.changing_state(built(*words, dtype=dtype))
-    model, step, optimizer, scaler = prepared(*words, dtype=dtype)
-    if device == "cuda" and "--plain" not in words:
-        step = train.make_fast(step, model, optimizer, scaler, 16, 7)
+    model, step, _, _ = prepared(*words, dtype=dtype)
     sizes = [16] * 10 + [7] + [16] * 8 + [7]
     images, labels = batch(sum(sizes), dtype=dtype)
     losses = []
@@ -1156,8 +1180,10 @@ def twenty_steps(device, dtype, *words):
     changes = {name: (after[name] - before[name].to(device)).cpu() for name in before}
     return torch.stack(losses), changes
 
+
 def joined(changes, names):
     return torch.cat([changes[name].flatten() for name in names])
+
 
 @pytest.mark.parametrize("words", [[], ["--plain"]])
 def test_plain_is_pytorchs_layout_and_optimizer(words):
@@ -1168,6 +1194,7 @@ def test_plain_is_pytorchs_layout_and_optimizer(words):
         if parameter.shape[2:] == (3, 3):
             assert parameter.is_contiguous() == plain
     assert bool(optimizer.defaults["fused"]) != plain
+
 
 @pytest.mark.parametrize("mode", ["bn", "all", "random"])
 @pytest.mark.parametrize("device, arch, dtype, lr, tolerance", [
@@ -1185,6 +1212,7 @@ def test_fast_equals_plain(mode, device, arch, dtype, lr, tolerance, fresh_compi
         names = [name for name in changes if re.fullmatch(kind, name)]
         plain = joined(plain_changes, names)
         assert (joined(changes, names) - plain).norm() < tolerance * plain.norm(), kind
+
 
 @pytest.mark.parametrize("arch, words", [
     ("resnet14", "--bn-only"),
@@ -1212,127 +1240,55 @@ def test_five_compilations_whatever_the_depth(arch, words, fresh_compiler):
     assert len(compilations) == 5
     assert losses[2] < losses[0]
 
-class FakeCompiler:
-    """What make_fast asked for: the modules it compiled, and the stances that it set."""
-
-    def __init__(self):
-        self.compiled = []
-        self.stances = []
-
-@pytest.fixture
-def compiler(monkeypatch):
-    """Compilation does nothing but to note what is asked for."""
-    fake = FakeCompiler()
-
-    def compile(module, dynamic):
-        assert not dynamic
-        fake.compiled.append(type(module))
-
-    monkeypatch.setattr(nn.Module, "compile", compile)
-    monkeypatch.setattr(torch.compiler, "set_stance", fake.stances.append)
-    return fake
-
-def capture_that_trains(step, size, last_size):
-    """Instead of a capture: its warm-up, a step for each size."""
-    step(*batch(size))
-    step(*batch(last_size))
-    return step
 
 def everything_in_training(model, optimizer, scaler):
     """Copies of all parameters, buffers and momentum, and the state of the scaler."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = list(model.parameters()) + list(model.buffers())
     for state in optimizer.state.values():
         tensors.append(state["momentum_buffer"])
-    return [tensor.detach().clone() for tensor in tensors], scaler.state_dict()
+    return as_bytes([tensor.detach().clone() for tensor in tensors]), scaler.state_dict()
 
-def run_of_three_steps():
-    """What make_fast takes, in the middle of a run: (step, model, optimizer, scaler).
 
-    The scaler doubles its scale at every second step.
+@pytest.mark.parametrize("memory", [False, True])
+def test_what_fails_of_the_fast_path_is_left_out(memory, fresh_compiler, monkeypatch, capsys):
+    """The plain step is left, all state is as before, and a line tells each failure.
+
+    But a lack of memory is not hidden: going on without graphs would take more of it.
     """
-    model, _, optimizer, _ = prepared("--bn-only")
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    def capture_that_fails(step, size, last_size):
+        step(*batch(size))
+        raise torch.OutOfMemoryError() if memory else RuntimeError("no compiler\nand a long trace")
 
-    def step(images, labels):
-        return train.train_step(model, optimizer, scaler, "off", images, labels)
-
+    args = arguments("--bn-only")
+    model, plain_step, optimizer, _ = prepared("--bn-only")
     for _ in range(3):
-        step(*batch())
-    return step, model, optimizer, scaler
-
-@pytest.mark.parametrize("failures", [0, 1, 2])
-def test_make_fast_leaves_everything_as_it_was(failures, compiler, monkeypatch):
-    """Network, momentum and scale, whether the captures succeed or fail after their warm-up."""
-    attempts = itertools.count(1)
-
-    def capture_all(step, size, last_size):
-        capture_that_trains(step, size, last_size)
-        if next(attempts) <= failures:
-            raise RuntimeError("no compiler")
-        return step
-
-    monkeypatch.setattr(train, "capture_all", capture_all)
-    step, model, optimizer, scaler = run_of_three_steps()
-    before, scaler_before = everything_in_training(model, optimizer, scaler)
-    train.make_fast(step, model, optimizer, scaler, 16, 7)
-    after, scaler_after = everything_in_training(model, optimizer, scaler)
-    assert scaler_after == scaler_before
-    for tensor, tensor_before in zip(after, before, strict=True):
-        assert torch.equal(tensor, tensor_before)
-
-def test_make_fast_compiles_blocks_and_captures_both_sizes(compiler, monkeypatch, capsys):
-    """If nothing fails, nothing is printed, and the captured step is the one to take."""
-    seen = []
-
-    def capture_all(step, size, last_size):
-        seen.append([size, last_size])
-        return "captured step"
-
-    monkeypatch.setattr(train, "capture_all", capture_all)
-    run = run_of_three_steps()
-    assert train.make_fast(*run, 16, 7) == "captured step"
-    assert seen == [[16, 7]]
-    assert compiler.compiled == [models.Block] * 3
-    assert compiler.stances == []
-    assert capsys.readouterr().out == ""
-
-def test_without_a_compiler_the_blocks_are_captured_as_they_stand(compiler, monkeypatch, capsys):
-    """A line gives the reason."""
-    def capture_all(step, size, last_size):
-        if compiler.stances != ["force_eager"]:
-            raise RuntimeError("gcc not found\nand a long trace")
-        return "captured step"
-
-    monkeypatch.setattr(train, "capture_all", capture_all)
-    run = run_of_three_steps()
-    assert train.make_fast(*run, 16, 7) == "captured step"
+        plain_step(*batch())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    before = everything_in_training(model, optimizer, scaler)
+    monkeypatch.setattr(train, "capture_all", capture_that_fails)
+    args.device = torch.device("cuda")
+    with torch.compiler.set_stance("force_eager"):
+        if memory:
+            with pytest.raises(torch.OutOfMemoryError):
+                train.make_step(model, optimizer, scaler, "off", 16, 7, args)
+            return
+        step = train.make_step(model, optimizer, scaler, "off", 16, 7, args)
+    assert everything_in_training(model, optimizer, scaler) == before
     assert capsys.readouterr().out == (
-        "compiled blocks fail here, continuing without them (gcc not found)\n")
+        "compiled blocks fail here, continuing without them (no compiler)\n"
+        "CUDA graphs fail here, continuing without them (no compiler)\n")
+    _, other_step, _, _ = prepared("--bn-only")
+    for _ in range(4):
+        expected_loss, _ = other_step(*batch())
+    loss, _ = step(*batch())   # not compiled, though the stance is the default again
+    assert loss == expected_loss
 
-def test_without_cuda_graphs_the_plain_step_is_left(compiler, monkeypatch, capsys):
-    """A line for each failure."""
-    monkeypatch.setattr(train, "capture_all", raising(RuntimeError("not supported")))
-    run = run_of_three_steps()
-    plain_step = run[0]
-    assert train.make_fast(*run, 16, 7) is plain_step
-    assert capsys.readouterr().out == (
-        "compiled blocks fail here, continuing without them (not supported)\n"
-        "CUDA graphs fail here, continuing without them (not supported)\n")
-
-def test_make_fast_does_not_hide_that_memory_is_short(compiler, monkeypatch, capsys):
-    """Going on without compilation would take more of it."""
-    error = torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(train, "capture_all", raising(error))
-    run = run_of_three_steps()
-    with pytest.raises(torch.OutOfMemoryError):
-        train.make_fast(*run, 16, 7)
-    assert capsys.readouterr().out == ""
 
 @cuda
 @pytest.mark.parametrize("mode, amp", [("bn", "bf16"), ("all", "fp16"), ("random", "off")])
 def test_no_operation_of_a_step_waits_for_the_device(mode, amp):
     """Such as reading a number, or a size that depends on data. No CUDA graph could hold it."""
-    _, step, _, _ = prepared("--train", mode, "--amp", amp, "--device", "cuda")
+    model, _, optimizer, scaler = prepared("--train", mode, "--amp", amp, "--device", "cuda")
     padded = F.pad(TRAIN_IMAGES[:64], (0, 0, 4, 4, 4, 4)).cuda()
     all_labels = TRAIN_LABELS[:64].cuda()
     draws = train.draw_augmentation(64, torch.Generator().manual_seed(0))
@@ -1341,7 +1297,8 @@ def test_no_operation_of_a_step_waits_for_the_device(mode, amp):
     def step_on(first):
         places = slice(first, first + 16)
         images = train.augment(padded, order[places], offset[places], flip[places])
-        return step(train.normalize(images), all_labels[order[places]])
+        labels = all_labels[order[places]]
+        return train.train_step(model, optimizer, scaler, amp, train.normalize(images), labels)
 
     step_on(0)   # which allocates, and makes the constants of normalize
     torch.cuda.set_sync_debug_mode("error")
@@ -1351,6 +1308,7 @@ def test_no_operation_of_a_step_waits_for_the_device(mode, amp):
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
+
 @cuda
 def test_a_run_on_a_gpu_has_the_losses_of_a_cpu(tiny, monkeypatch, capsys):
     """By CUDA graphs of both batch sizes, interrupted after an epoch and resumed, in fp32."""
@@ -1358,23 +1316,15 @@ def test_a_run_on_a_gpu_has_the_losses_of_a_cpu(tiny, monkeypatch, capsys):
     assert run_script(train, *words, "--out", "cpu.pt") == 0
     words += ["--device", "cuda", "--out", "gpu.pt"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "log_epoch", raising(KeyboardInterrupt()))
+        patch.setattr(train, "print_epoch", raising(KeyboardInterrupt()))
         error_of(capsys, 1, train, *words)
     assert run_script(train, *words, "--resume") == 0
     for epoch, epoch_of_cpu in zip(epochs_of("gpu.pt"), epochs_of("cpu.pt"), strict=True):
         assert epoch["train_loss"] == pytest.approx(epoch_of_cpu["train_loss"], rel=0.02)
 
-# --- benchmark and launchers
 
-def test_benchmark_estimates_a_run(tiny, capsys):
-    """CIFAR-10 has 3,125 batches of 16 in each of 160 epochs. Nothing is written."""
-    assert run_script(train, *SMALL, "--epochs", 160, "--benchmark", 2) == 0
-    output = capsys.readouterr().out
-    words = re.match("(.*) ms/step .* images/s, (.*) hours for 160 epochs", output)
-    milliseconds = float(words[1])
-    hours = float(words[2])
-    assert hours == pytest.approx(160 * 3125 * milliseconds / 3_600_000, abs=0.01)
-    assert list(pathlib.Path().iterdir()) == []
+# --- launchers
+
 
 def test_torchrun_of_several_processes_is_refused(tiny, monkeypatch, capsys):
     """They would train the same network several times. Nothing is written."""
@@ -1385,6 +1335,7 @@ def test_torchrun_of_several_processes_is_refused(tiny, monkeypatch, capsys):
     assert line.startswith("train.py: error: torchrun is not for this: ")
     assert list(pathlib.Path().iterdir()) == []
 
+
 def test_torchrun_of_one_process_is_an_ordinary_run(tiny, monkeypatch):
     """As some clusters start every program."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -1392,15 +1343,9 @@ def test_torchrun_of_one_process_is_an_ordinary_run(tiny, monkeypatch):
     assert run_script(train, *SMALL, "--epochs", 1, "--out", "a.pt") == 0
     assert len(epochs_of("a.pt")) == 1
 
-def test_left_over_variables_of_a_launcher_do_not_matter(tiny, monkeypatch):
-    """RANK and WORLD_SIZE without torchrun's own: as a scheduler or a notebook leaves them."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert run_script(train, *SMALL, "--epochs", 1, "--seed", 3, "--out", "a.pt") == 0
-    _, checkpoint = train.load_checkpoint("a.pt")
-    assert checkpoint["options"]["seed"] == 3
 
 # --- checkpoints
+
 
 # Runs of every kind, to be interrupted and resumed.
 RUNS = ["--train all", "--train random", "--bn-only --plain", "--bn-only --amp bf16",
@@ -1408,10 +1353,10 @@ RUNS = ["--train all", "--train random", "--bn-only --plain", "--bn-only --amp b
 RUNS += [f"--train {group}" for group in train.GROUPS]
 RUNS += [f"--bn-only --norm {norm}" for norm in models.NORMS if norm != "batch"]
 
-TO_A = SMALL + ["--bn-only", "--out", "a.pt"]   # the command that wrote the fixture `checkpoint`
 
 def interrupt():
     signal.raise_signal(signal.SIGINT)
+
 
 def call_before_step(monkeypatch, number, action):
     """Let train.py call action() before its step of this number, counted from 1: 3 are an epoch."""
@@ -1424,6 +1369,7 @@ def call_before_step(monkeypatch, number, action):
         return step(*args)
     monkeypatch.setattr(train, "train_step", watched_step)
 
+
 def as_bytes(value):
     """The same dicts and lists with bytes in place of tensors, for comparisons bit for bit."""
     if isinstance(value, torch.Tensor):
@@ -1434,13 +1380,15 @@ def as_bytes(value):
         return [as_bytes(item) for item in value]
     return value
 
+
 def content_of(path):
-    """What a checkpoint holds, except for sessions and times, to compare bit for bit."""
+    """What a checkpoint holds, except for starts and times, to compare bit for bit."""
     _, checkpoint = train.load_checkpoint(path)
-    del checkpoint["sessions"]
+    del checkpoint["starts"]
     for epoch in checkpoint["epochs"]:
         del epoch["seconds"], epoch["images_per_second"]
     return as_bytes(checkpoint)
+
 
 @pytest.mark.parametrize("run", RUNS)
 def test_resume_is_bit_for_bit(run, tiny, monkeypatch):
@@ -1453,24 +1401,21 @@ def test_resume_is_bit_for_bit(run, tiny, monkeypatch):
     assert run_script(train, *words, "--out", "a.pt", "--resume") == 0
     assert content_of("a.pt") == content_of("whole.pt")
 
-def test_record_lists_sessions(tiny, monkeypatch):
-    """One for each start: its id, first epoch, machine, and --plain, which may change."""
+
+def test_record_lists_starts(tiny, monkeypatch):
+    """Each with its first epoch, machine, code, and --plain, which may change."""
     call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
     assert run_script(train, *TO_A) == 1
-    call_before_step(monkeypatch, 4, interrupt)   # in epoch 3
-    assert run_script(train, *TO_A, "--resume", "--plain") == 1
-    assert run_script(train, *TO_A, "--resume") == 0
+    assert run_script(train, *TO_A, "--resume", "--plain") == 0
     _, checkpoint = train.load_checkpoint("a.pt")
     record = train.read_record(pathlib.Path("a.json"))
-    assert record["sessions"] == checkpoint["sessions"]
-    ids = {session.pop("id") for session in record["sessions"]}
-    machine = train.machine(CPU)
-    assert len(ids) == 3
-    assert record["sessions"] == [
-        dict(machine, first_epoch=1, plain=False),
-        dict(machine, first_epoch=2, plain=True),
-        dict(machine, first_epoch=3, plain=False),
-    ]
+    assert record["starts"] == checkpoint["starts"]
+    first, second = record["starts"]
+    assert (first["first_epoch"], first["plain"]) == (1, False)
+    assert (second["first_epoch"], second["plain"]) == (2, True)
+    assert first["torch"] == torch.__version__
+    assert f", {torch.get_num_threads()} threads" in first["hardware"]
+
 
 def test_record_of_a_finished_run(checkpoint):
     """It holds the checkpoint's options and epochs, the last accuracy, and what trained."""
@@ -1484,38 +1429,35 @@ def test_record_of_a_finished_run(checkpoint):
     assert record["parameters"] == train.count_parameters(built("--bn-only"))
     assert record["parameters"]["trained"] == 672
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_is_one_line(number, tiny, monkeypatch, capsys):
-    """Ctrl-C and a scheduler's SIGTERM end a run with status 1."""
-    def send():
-        signal.raise_signal(number)
-
-    call_before_step(monkeypatch, 5, send)
-    assert error_of(capsys, 1, train, *TO_A) == "train.py: error: stopped"
 
 def test_interrupt_of_the_script_says_how_to_go_on(tiny, monkeypatch, capsys):
-    """Where train.py is not imported but started, as a user does."""
+    """Ctrl-C ends a run with a line and status 1."""
     def interrupted(*args):
         interrupt()
 
     monkeypatch.setattr(models, "build_model", interrupted)
     monkeypatch.setattr(sys, "argv", ["train.py"] + SMALL)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(HERE / "train.py"), run_name="__main__")
-    line = "stopped; the same command with --resume continues after the last whole epoch"
-    assert line in capsys.readouterr().err
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "train.py: error: stopped; the same command with --resume continues after the last whole "
+        "epoch\n")
 
-def test_checkpoint_is_a_state_dict_without_what_is_frozen(checkpoint, tiny):
+
+def test_checkpoint_is_a_plain_dict_of_what_is_not_frozen(checkpoint, tiny):
     """torch.load and load_state_dict(strict=False) are enough to use a BatchNorm-only network."""
     model = models.build_model("resnet8", 0).eval()
     frozen = [name for name, p in model.named_parameters() if p.dim() > 1 or name == "fc.bias"]
     state = torch.load(checkpoint, weights_only=True)["model"]
+    assert type(state) is dict
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert sorted(missing) == sorted(frozen)
     assert unexpected == []
     x = train.normalize(TEST_IMAGES[:16])
     loaded, _ = train.load_checkpoint(checkpoint)
     assert torch.equal(model(x), loaded(x))
+
 
 @pytest.mark.parametrize("words", [[], ["--plain"]], ids=["default", "plain"])
 def test_checkpoint_of_all_parameters_is_a_whole_state_dict(words, tiny):
@@ -1527,21 +1469,21 @@ def test_checkpoint_of_all_parameters_is_a_whole_state_dict(words, tiny):
     loaded, _ = train.load_checkpoint("a.pt")
     assert torch.equal(model(x), loaded(x))
 
-def test_bn_only_resnet866_checkpoint_is_small(tiny):
-    """After 160 epochs, its momentum included, it takes less than 2.5 MB. The network takes 56."""
-    args = arguments("--arch", "resnet866", "--bn-only", "--out", "a.pt")
-    model, run, _ = train.begin_or_continue(args)
-    optimizer, scaler = train.prepare(model, args)
+
+def test_bn_only_resnet866_checkpoint_is_small(tmp_path):
+    """After 160 epochs, its momentum included, it takes less than 2.6 MB. The network takes 56."""
+    args = arguments("--arch", "resnet866", "--bn-only", "--out", tmp_path / "a.pt")
+    run, model = train.begin_run(args)
+    optimizer = train.make_optimizer(model, args)
     for parameter in train.trained_parameters(model):
         optimizer.state[parameter]["momentum_buffer"].normal_()
     figures = ["train_loss", "train_accuracy", "test_accuracy", "seconds", "images_per_second"]
     epoch = dict.fromkeys(figures, 1 / 3)
     run["epochs"] = [dict(epoch, epoch=number) for number in range(1, 161)]
-    rng = torch.Generator()
-    train.save(args.out, run, model, optimizer, scaler, rng)
-    assert args.out.stat().st_size < 2_500_000
-    written = torch.load(args.out, weights_only=True)
-    assert as_bytes(written["optimizer"]) == as_bytes(optimizer.state_dict())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train.save(args.out, run, model, optimizer, scaler, torch.Generator())
+    assert args.out.stat().st_size < 2_600_000
+
 
 def test_load_checkpoint_gives_the_recorded_network(checkpoint, tiny):
     """Ready to evaluate, from a path or a string, with the accuracy of the last epoch."""
@@ -1554,38 +1496,26 @@ def test_load_checkpoint_gives_the_recorded_network(checkpoint, tiny):
     accuracy = functional_accuracy(model, test_images, test_labels)
     assert content["epochs"][2]["test_accuracy"] == pytest.approx(accuracy)
 
-def test_load_checkpoint_ignores_the_defaults_of_a_notebook(checkpoint, defaults_put_back):
-    """Whatever the default dtype and device, it returns the same float32 network on the CPU."""
-    x = train.normalize(TEST_IMAGES[:16])
-    expected_model, _ = train.load_checkpoint(checkpoint)
-    expected = expected_model(x)
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    model, _ = train.load_checkpoint(checkpoint)
-    for tensor in model.state_dict().values():
-        assert tensor.dtype == torch.float32
-        assert tensor.device == CPU
-    assert torch.equal(model(x), expected)
 
 # --- writing
 
-def test_files_are_written_before_the_first_epoch_and_after_each(tiny, monkeypatch):
-    """At any step the checkpoint can be loaded, and the record is refused as unfinished."""
+
+def test_files_are_whole_at_every_step(tiny, monkeypatch):
+    """The checkpoint can be loaded, and checkpoint and record have the epochs that are done."""
     seen = []
     step = train.train_step
 
     def watched_step(*args):
-        done = len(epochs_of("a.pt"))
-        seen.append(done)
-        with pytest.raises(ValueError, match=f"{done} of 3 epochs are done"):
-            train.read_record(pathlib.Path("a.json"))
+        seen.append(len(epochs_of("a.pt")))
+        if seen[-1] > 0:
+            assert train.read_record(pathlib.Path("a.json"))["epochs"] == epochs_of("a.pt")
         return step(*args)
 
     monkeypatch.setattr(train, "train_step", watched_step)
     assert run_script(train, *TO_A) == 0
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert train.read_record(pathlib.Path("a.json"))["epochs"] == epochs_of("a.pt")
     assert set(files_here()) == {"a.pt", "a.json"}
+
 
 def fail_at_write(monkeypatch, call, number):
     """Let os.fsync or os.replace fail at its call of this number, counted from 1."""
@@ -1600,115 +1530,89 @@ def fail_at_write(monkeypatch, call, number):
         return function(target, *args)
     monkeypatch.setattr(os, call, failing_function)
 
-# How many epochs a checkpoint holds if this write fails. Writes 1 and 2, of record and checkpoint,
-# are before the first epoch, 3 and 4 after it, and so on.
-COMPLETE = {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1, 7: 2, 8: 2}
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("write", [3, 4, 5, 6, 7, 8])   # 1 and 2: no file is left, see below
-def test_every_interrupted_write(call, write, tiny, finished_run, monkeypatch, capsys):
-    """Whichever fails, the epochs before it are kept and can be resumed.
-
-    The resumed run is the same as one without an interrupt, and no temporary file lies about.
-    """
+@pytest.mark.parametrize("number", range(1, 8))   # of the run's seven writes
+def test_full_disk(call, number, tiny, finished_run, monkeypatch, capsys):
+    """A line says so. The run can be resumed, and ends as one without an interrupt."""
     with monkeypatch.context() as patch:
-        fail_at_write(patch, call, write)
+        fail_at_write(patch, call, number)
         line = error_of(capsys, 1, train, *TO_A)
     assert re.search(r"a\.(pt|json) can't be written \(No space left on device\)", line)
-    assert len(epochs_of("a.pt")) == COMPLETE[write]
-    assert set(files_here()) == {"a.pt", "a.json"}
-    json.loads(pathlib.Path("a.json").read_text())
+    assert set(files_here()) <= {"a.pt", "a.json"}
     assert run_script(train, *TO_A, "--resume") == 0
     pathlib.Path("whole.pt").write_bytes(finished_run["a.pt"])
     assert content_of("a.pt") == content_of("whole.pt")
 
-@pytest.mark.parametrize("write", [1, 2])
-def test_interrupted_first_writes_of_a_resumed_run(write, tiny, finished_run, monkeypatch, capsys):
-    """A resumed run that can't write can be resumed again."""
-    call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
-    error_of(capsys, 1, train, *TO_A)
-    with monkeypatch.context() as patch:
-        fail_at_write(patch, "replace", write)
-        assert "can't be written" in error_of(capsys, 1, train, *TO_A, "--resume")
+
+def train_until_killed(folder, number):
+    """In a process of its own: start the run of a.pt. SIGKILL comes in place of this write."""
+    writes = itertools.count(1)
+    replace = os.replace
+
+    def killing_replace(*args):
+        if next(writes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+
+    os.chdir(folder)
+    os.replace = killing_replace
+    train.load_data = tiny_data
+    run_script(train, *TO_A)
+
+
+@slow
+@pytest.mark.parametrize("number", range(1, 8))
+def test_slow_kills(number, tiny, finished_run):
+    """SIGKILL before any write is put in place: --resume ends as a run without an interrupt."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=train_until_killed, args=(os.getcwd(), number))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert run_script(train, *TO_A, "--resume") == 0
     pathlib.Path("whole.pt").write_bytes(finished_run["a.pt"])
     assert content_of("a.pt") == content_of("whole.pt")
+    assert set(files_here()) == {"a.pt", "a.json", "whole.pt"}
 
-@pytest.mark.parametrize("write", [1, 2])
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_disk_that_cannot_be_written_is_found_before_the_first_step(
-        write, call, tiny, monkeypatch, capsys):
-    """If the first record or the first checkpoint can't be written, no file is left."""
-    monkeypatch.setattr(train, "train_step", raising(AssertionError("a step")))
-    fail_at_write(monkeypatch, call, write)
-    assert "can't be written (No space left on device)" in error_of(capsys, 1, train, *TO_A)
-    assert files_here() == {}
-
-def test_file_that_cannot_grow_is_found_before_the_first_step(tiny, monkeypatch, capsys):
-    """As with a full disk or a quota, of which the first checkpoint takes more than there is."""
-    monkeypatch.setattr(train, "train_step", raising(AssertionError("a step")))
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
-    try:
-        line = error_of(capsys, 1, train, *TO_A)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "a.pt can't be written (File too large)" in line
-    assert files_here() == {}
-
-@pytest.mark.parametrize("length", [251, 252, 253])
-def test_long_name_is_found_before_the_first_step(length, tiny, monkeypatch, capsys):
-    """A file's name has at most 255 bytes. With .json, .pt or both, these are longer."""
-    monkeypatch.setattr(train, "train_step", raising(AssertionError("a step")))
-    line = error_of(capsys, 1, train, *SMALL, "--out", "x" * length + ".pt")
-    assert "can't be written (File name too long)" in line
-    assert files_here() == {}
-
-def test_permissions_follow_the_umask(tiny):
-    """A group that may read what a user writes may read checkpoints."""
-    before = os.umask(0o027)
-    try:
-        assert run_script(train, *SMALL, "--epochs", 1, "--out", "a.pt") == 0
-    finally:
-        os.umask(before)
-    for name in ("a.pt", "a.json"):
-        assert os.stat(name).st_mode & 0o777 == 0o640
-
-def test_resume_of_a_finished_run_changes_nothing(checkpoint, finished_run):
-    """So that a script may start it again and again."""
-    assert run_script(train, *TO_A, "--resume") == 0
-    assert files_here() == finished_run
-
-def test_resume_of_a_finished_run_writes_its_missing_record(checkpoint, finished_run):
-    """The same record as before."""
-    pathlib.Path("a.json").unlink()
-    assert run_script(train, *TO_A, "--resume") == 0
-    assert files_here() == finished_run
-
-def test_link_is_followed(tiny):
-    """--out may be a symbolic link: both files are where it leads, for prune.py, too."""
-    pathlib.Path("store").mkdir()
-    pathlib.Path("a.pt").symlink_to("store/b.pt")
-    assert run_script(train, *TO_A) == 0
-    assert pathlib.Path("a.pt").is_symlink()
-    assert sorted(os.listdir("store")) == ["b.json", "b.pt"]
-    assert run_script(prune, "a.pt") == 0
-    assert "prune" in train.read_record(pathlib.Path("store/b.json"))
-    assert sorted(os.listdir()) == ["a.pt", "store"]
 
 # --- one name, one run
 
-def test_second_start_leaves_a_run_alone(tiny, monkeypatch, capsys):
-    """Of two starts with one --out the second ends, even before the first has an epoch."""
+
+def test_resume_of_a_finished_run_changes_nothing(checkpoint, finished_run, capsys):
+    """It is said with the command that made the run, and no data are read."""
+    assert run_script(train, *TO_A, "--resume", "--data-dir", "no") == 0
+    assert files_here() == finished_run
+    line = capsys.readouterr().out
+    assert re.fullmatch("a.pt is finished: .* % test accuracy, made by `python train.py --arch "
+                        "resnet8 --bn-only --dataset synthetic --epochs 3 --batch-size 16`\n",
+                        line)
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "b c.pt"]])
+def test_second_start_leaves_a_run_alone(out, tiny, monkeypatch, capsys):
+    """Even before the first has an epoch. A line has the command that continues the run."""
     def start_again():
-        before = files_here()
-        assert "a.pt exists: continue it by --resume" in error_of(capsys, 2, train, *TO_A)
-        assert files_here() == before
+        line = error_of(capsys, 2, train, *SMALL, *out)
+        words = "--arch resnet8 --dataset synthetic --epochs 3 --batch-size 16 --resume"
+        name = "runs/resnet8-all-synthetic-epochs3-batch_size16-s0.pt"
+        if out:
+            words += " --out 'b c.pt'"
+            name = "b c.pt"
+        assert line == (f"train.py: error: {name} exists: continue it by `python train.py {words}`,"
+                        " or choose another --out")
 
     call_before_step(monkeypatch, 1, start_again)
-    assert run_script(train, *TO_A) == 0
-    assert len(epochs_of("a.pt")) == 3
+    assert run_script(train, *SMALL, *out) == 0
+
+
+def test_a_demo_blocks_no_other_run(tiny):
+    """A run of other options has another name."""
+    assert run_script(train, *SMALL, "--bn-only", "--epochs", 1) == 0
+    assert run_script(train, *SMALL, "--bn-only", "--epochs", 2) == 0
+    assert run_script(train, *SMALL, "--bn-only", "--epochs", 2, "--amp", "off") == 0
+    assert len(list(pathlib.Path("runs").glob("*.pt"))) == 3
+
 
 def test_one_of_many_claims_succeeds(tmp_path):
     """Eight at the same moment, as by `srun -n 8`."""
@@ -1716,26 +1620,29 @@ def test_one_of_many_claims_succeeds(tmp_path):
         try:
             train.claim(path, b"content")
             return True
-        except train.UserError:
+        except FileExistsError:
             return False
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for i in range(50):
             path = tmp_path / f"{i}.pt"
             assert sum(pool.map(claims, [path] * 8)) == 1
+            assert path.read_bytes() == b"content"
 
-def test_interrupted_claim_leaves_no_file(tmp_path, monkeypatch):
-    """A half-written checkpoint could neither be resumed nor begun again."""
-    class Interrupted(io.FileIO):
-        def write(self, content):
-            super().write(content[:2])
-            raise KeyboardInterrupt
 
-    path = tmp_path / "a.pt"
-    monkeypatch.setattr(train, "open", Interrupted, raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        train.claim(path, b"content")
-    assert list(tmp_path.iterdir()) == []
+def test_a_start_that_comes_second_by_a_moment_is_refused(tiny, monkeypatch, capsys):
+    """Where the name was free when both looked. Nothing of the first run is changed."""
+    load_data = train.load_data
+
+    def slow_load_data(*args):
+        pathlib.Path("a.pt").write_bytes(b"of the first run")
+        return load_data(*args)
+
+    monkeypatch.setattr(train, "load_data", slow_load_data)
+    line = error_of(capsys, 1, train, *TO_A)
+    assert line == "train.py: error: a.pt: File exists"
+    assert files_here() == {"a.pt": b"of the first run"}
+
 
 def test_record_without_its_checkpoint_is_kept(checkpoint, finished_run, capsys):
     """With --resume, too."""
@@ -1744,122 +1651,56 @@ def test_record_without_its_checkpoint_is_kept(checkpoint, finished_run, capsys)
         assert "a.json exists without its checkpoint" in error_of(capsys, 2, train, *words)
     assert files_here() == {"a.json": finished_run["a.json"]}
 
-@pytest.mark.parametrize("function, error", [
-    ("machine", KeyboardInterrupt()),
-    ("prepare", torch.OutOfMemoryError("CUDA out of memory.")),
-    ("write", KeyboardInterrupt()),
-    ("load_data", train.UserError("no CIFAR-10")),
-    ("train_step", KeyboardInterrupt()),
-    ("evaluate", MemoryError()),
-])
-def test_run_that_ends_before_its_first_epoch_leaves_no_file(function, error, tiny, monkeypatch):
-    """The same command can be given again."""
-    monkeypatch.setattr(train, function, raising(error))
-    assert run_script(train, *TO_A) == 1
-    assert files_here() == {}
 
-def test_run_that_another_process_continued_is_left_to_it(tiny, monkeypatch, capsys):
-    """The first process ends at its next write. What the other wrote stays."""
-    written = {}
-
-    def continue_elsewhere():
-        assert run_script(train, *TO_A, "--resume") == 0
-        written.update(files_here())
-
-    call_before_step(monkeypatch, 5, continue_elsewhere)   # in epoch 2
-    assert "a.pt was continued by another process" in error_of(capsys, 1, train, *TO_A)
-    assert files_here() == written
-
-def test_run_that_another_process_continued_is_not_removed(tiny, monkeypatch):
-    """Though the first process ends before its first epoch."""
-    def continue_elsewhere():
-        assert run_script(train, *TO_A, "--resume") == 0
-        interrupt()
-
-    call_before_step(monkeypatch, 1, continue_elsewhere)
-    assert run_script(train, *TO_A) == 1
-    assert len(epochs_of("a.pt")) == 3
-    assert train.read_record(pathlib.Path("a.json"))
-
-def test_resume_takes_the_precision_of_the_run(tiny, monkeypatch, capsys):
-    """Unless --amp names another one, which is an error."""
+def test_resume_takes_the_precision_of_the_run(tiny, monkeypatch):
+    """Not that which --amp auto would give on the machine that continues it."""
     seen = []
     step = train.train_step
 
-    def watched_step(model, optimizer, scaler, amp, images, labels):
-        seen.append(amp)
-        return step(model, optimizer, scaler, amp, images, labels)
+    def watched_step(model, optimizer, scaler, precision, images, labels):
+        seen.append(precision)
+        return step(model, optimizer, scaler, precision, images, labels)
 
     call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
-    error_of(capsys, 1, train, *TO_A, "--amp", "bf16")
-    line = error_of(capsys, 2, train, *TO_A, "--resume", "--amp", "off")
-    assert "a.pt is a run with amp bf16, not off" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "choose_precision", lambda amp, device: "bf16")
+        assert run_script(train, *TO_A) == 1
     monkeypatch.setattr(train, "train_step", watched_step)
     assert run_script(train, *TO_A, "--resume") == 0
     assert seen == ["bf16"] * 6
 
-# --- what a record says of code and machine
+
+# --- what a record says of the code
+
 
 def git(folder, *words):
     """Run git in a folder. Returns what it prints."""
     command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
     return subprocess.check_output(command + list(words), text=True).strip()
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A new repository, which does not track the train.py in it."""
+
+def test_commit_of_the_code(tmp_path, monkeypatch):
+    """None outside of git; in git the hash, and whether files were changed since."""
     monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
     (tmp_path / "train.py").touch()
+    assert train.commit() is None
     git(tmp_path, "init", "-q")
-    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
-    return tmp_path
+    git(tmp_path, "add", "train.py")
+    git(tmp_path, "commit", "-q", "-m", "x")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert train.commit() == head
+    (tmp_path / "train.py").write_text("changed")
+    assert train.commit() == f"{head}-dirty"
 
-def test_commit_of_a_tracked_file(repository):
-    """Its hash, and whether files were changed."""
-    git(repository, "add", "train.py")
-    git(repository, "commit", "-q", "-m", "x")
-    head = git(repository, "rev-parse", "HEAD")
-    assert train.machine(CPU)["commit"] == head
-    (repository / "train.py").write_text("changed")
-    assert train.machine(CPU)["commit"] == f"{head}-dirty"
 
-def test_no_commit_of_an_untracked_file(repository):
-    """As in a copy within another project."""
-    assert train.machine(CPU)["commit"] is None
-
-def test_no_commit_outside_of_git(tmp_path, monkeypatch):
-    """As in an unpacked archive."""
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
-    assert train.machine(CPU)["commit"] is None
-
-def test_commit_is_unknown_if_git_refuses(monkeypatch):
-    """As in a container that runs as another user."""
-    def refusing_git(*args, **kwargs):
-        text = "fatal: detected dubious ownership in repository at '/x'\n"
-        return subprocess.CompletedProcess(args, 128, "", text)
-
-    monkeypatch.setattr(subprocess, "run", refusing_git)
-    assert train.machine(CPU)["commit"] == "unknown"
-
-def test_commit_is_unknown_without_git(repository, monkeypatch):
+def test_no_commit_without_git(tmp_path, monkeypatch):
     """Where git is not installed."""
-    monkeypatch.setenv("PATH", str(repository))
-    assert train.machine(CPU)["commit"] == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train.commit() is None
 
-@pytest.mark.parametrize("cpuinfo", ["", "processor\t: 0\nBogoMIPS\t: 243.75\n"])
-def test_name_of_a_cpu_is_never_empty(cpuinfo, monkeypatch):
-    """ARM's /proc/cpuinfo holds no model name, and platform.processor() can be empty."""
-    def read_text(*args):
-        return cpuinfo
-
-    def no_processor():
-        return ""
-
-    monkeypatch.setattr(pathlib.Path, "read_text", read_text)
-    monkeypatch.setattr(platform, "processor", no_processor)
-    assert train.cpu_name() == platform.machine() != ""
 
 # --- files from anyone
+
 
 class Code:
     """A pickle that would create a folder."""
@@ -1867,134 +1708,94 @@ class Code:
     def __reduce__(self):
         return os.mkdir, ("code-ran",)
 
+
 def put(content, keys, value):
     """Put a value at content[keys[0]][keys[1]]..."""
     for key in keys[:-1]:
         content = content[key]
     content[keys[-1]] = value
 
-# Options as no command line gives them, and what the refusal says.
-BAD_OPTIONS = [
-    (["options", "x"], 1, "unknown options {'x'}"),
-    (["options", "epochs"], "3", "its epochs is '3'"),
-    (["options", "epochs"], 3.0, "invalid literal for int"),
-    (["options", "epochs"], 0, "not in 1"),
-    (["options", "lr"], math.nan, "not in"),
-    (["options", "norm"], "other", "not one of batch"),
-    (["options", "train"], "output+bn", r"its train is 'output\+bn'"),
-    (["options", "arch"], "vgg16", "resnet<depth>"),
-    (["options", "amp"], "auto", "it lacks train or amp"),
-]
-DAMAGES = BAD_OPTIONS + [
-    (["format"], 2, "this code reads format 3"),
-    (["x"], Code(), "Weights only load failed"),
-    (["rng"], torch.zeros(7, dtype=torch.uint8), "RNG state"),
-    (["model", "bn.weight"], torch.full((16,), math.nan), "bn.weight is not finite"),
-    (["model", "bn.weight"], torch.ones(8), "its tensors are not those of resnet8"),
-    (["model", "x"], torch.ones(8), "its tensors are not those of resnet8"),
-    (["optimizer", "state", 0, "momentum_buffer"], torch.ones(8), "its momentum is of another"),
-    (["epochs", 0, "epoch"], 2, "epochs are missing"),
-    (["epochs", 0, "test_accuracy"], None, "an epoch's test_accuracy is no number"),
-    (["options", "epochs"], 2, "it has too many epochs"),
-    (["options", "arch"], "wrn8-900", "not those of wrn8-900"),   # which takes 300 GB
-    (["options", "train"], "all", "not those of resnet8, --train all"),
-    (["options", "seed"], 1, "its seed draws other weights"),
-]
 
-@pytest.mark.parametrize("keys, value, says", DAMAGES)
-def test_damaged_and_hostile_checkpoints_are_refused(keys, value, says, checkpoint, capsys):
+@pytest.mark.parametrize("keys, value, says", [
+    (["format"], 2, "this code reads format 4"),
+    (["x"], Code(), "Weights only load failed"),
+    (["options", "x"], 1, "unknown or missing options: x"),
+    (["options", "arch"], "vgg16", "resnet<depth>"),
+    (["options", "train"], "all", "its fingerprint|its seed draws other weights|not those of"),
+    (["options", "seed"], 1, "its seed draws other weights"),
+    (["model", "bn.weight"], torch.ones(8), "Error.* in loading state_dict"),
+    (["model", "x"], torch.ones(8), "its tensors are not those of resnet8-bn-"),
+])
+def test_foreign_and_hostile_checkpoints_are_refused(keys, value, says, checkpoint, capsys):
     """By every script in a line, without running code in them or changing them."""
     content = torch.load(checkpoint, weights_only=True)
     put(content, keys, value)
     torch.save(content, checkpoint)
     before = files_here()
-    with pytest.raises(train.UserError, match=f"^a.pt is not a valid checkpoint .*{says}"):
+    with pytest.raises(train.UserError, match=f"^a.pt is not a checkpoint .*({says})"):
         train.load_checkpoint("a.pt")
-    assert "a.pt is not a valid checkpoint" in error_of(capsys, 1, prune, "a.pt")
-    assert "a.pt is not a valid checkpoint" in error_of(capsys, 1, train, *TO_A, "--resume")
+    for script, words in [(prune, ["a.pt"]), (analyze, ["a.pt"]), (train, TO_A + ["--resume"])]:
+        assert "a.pt is not a checkpoint of train.py (" in error_of(capsys, 1, script, *words)
     assert files_here() == before
 
-CONTENT = ["format", "options", "sessions", "epochs", "fingerprint", "model", "optimizer", "scaler",
-           "rng"]
 
-@pytest.mark.parametrize("key", CONTENT)
-def test_checkpoint_that_lacks_something_is_refused(key, checkpoint):
-    """The line names it."""
-    content = torch.load(checkpoint, weights_only=True)
-    del content[key]
-    torch.save(content, checkpoint)
-    with pytest.raises(train.UserError, match=f"^a.pt is not a valid checkpoint .*{key}"):
+@pytest.mark.parametrize("content", [[], {}, {"weight": torch.ones(3)}, torch.ones(3)])
+def test_other_files_of_pytorch_are_no_checkpoints(content, tiny):
+    """Such as a state_dict."""
+    torch.save(content, "a.pt")
+    with pytest.raises(train.UserError, match="^a.pt is not a checkpoint of train.py"):
         train.load_checkpoint("a.pt")
 
-def test_option_that_a_checkpoint_lacks_has_its_default(checkpoint):
-    """A later version may have more options."""
-    content = torch.load(checkpoint, weights_only=True)
-    del content["options"]["norm"], content["options"]["lr"]
-    torch.save(content, checkpoint)
-    _, loaded = train.load_checkpoint(checkpoint)
-    assert loaded["options"]["norm"] == "batch"
-    assert loaded["options"]["lr"] == 0.1
 
-@pytest.mark.parametrize("keys, value, says", BAD_OPTIONS + [
-    (["epochs"], [], "0 of 3 epochs are done"),
-    (["epochs", 0, "train_loss"], "low", "an epoch's train_loss is no number"),
-    (["sessions"], [{}], "a session of it is incomplete"),
-    (["epochs", 0, "epoch"], 2, "epochs are missing"),
-    (["test_accuracy"], 99.99, "its accuracy is not the last epoch's"),
+def test_cut_checkpoints_are_refused(checkpoint):
+    """Wherever a copy ended, at its very beginning, too."""
+    content = checkpoint.read_bytes()
+    for length in range(0, len(content), len(content) // 20):
+        checkpoint.write_bytes(content[:length])
+        with pytest.raises(train.UserError, match="^a.pt is not a checkpoint of train.py"):
+            train.load_checkpoint(checkpoint)
+
+
+def test_frozen_weights_from_elsewhere_are_refused(checkpoint, monkeypatch):
+    """As after a change of `initialize`: the gammas of the file would meet other features."""
+    build_model = models.build_model
+
+    def other_weights(*args):
+        model = build_model(*args)
+        model.stage3[0].conv2.weight.data.neg_()
+        return model
+
+    monkeypatch.setattr(train, "build_model", other_weights)
+    with pytest.raises(train.UserError, match="its seed draws other weights now"):
+        train.load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("keys, value", [
+    (["options", "x"], 1),
+    (["options"], {"train": "bn"}),   # without arch
+    (["options"], None),
 ])
-def test_damaged_records_are_refused(keys, value, says, checkpoint):
-    """In a line that says what is wrong."""
+def test_foreign_records_are_refused(keys, value, checkpoint):
+    """In a line."""
     path = pathlib.Path("a.json")
     record = json.loads(path.read_text())
     put(record, keys, value)
     path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=f"^not the record of a finished run .*{says}"):
+    with pytest.raises(train.UserError, match="^a.json is not a record of train.py"):
         train.read_record(path)
+
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"name": "package"}', "\0"])
 def test_other_files_are_no_records(text, tmp_path):
     """A folder of results may hold any JSON."""
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="^not the record of a finished run"):
+    with pytest.raises(train.UserError, match="a.json is not a record of train.py"):
         train.read_record(path)
 
-def assert_refused(path):
-    """load_checkpoint refuses the file in one printable line."""
-    with pytest.raises(train.UserError, match="^a.pt is not a valid checkpoint") as refusal:
-        train.load_checkpoint(path)
-    assert str(refusal.value).isprintable()
-
-def places(size):
-    """400 places in a file of this size: anywhere, and in the zip directory at its end."""
-    rng = np.random.RandomState(0)
-    anywhere = rng.randint(0, size, 200)
-    near_the_end = rng.randint(size - 5000, size, 200)
-    return [*anywhere.tolist(), *near_the_end.tolist()]
-
-def test_cut_checkpoints_are_refused(checkpoint):
-    """Wherever a copy ended."""
-    content = checkpoint.read_bytes()
-    for place in places(len(content)):
-        checkpoint.write_bytes(content[:place])
-        assert_refused(checkpoint)
-
-def test_flipped_bits_are_refused(checkpoint):
-    """Or change nothing: a few bits of the zip directory are without meaning."""
-    whole = content_of(checkpoint)
-    content = checkpoint.read_bytes()
-    for i, place in enumerate(places(len(content))):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << i % 8
-        checkpoint.write_bytes(damaged)
-        try:
-            same = content_of(checkpoint) == whole
-        except train.UserError:
-            assert_refused(checkpoint)
-        else:
-            assert same
 
 # --- prune
+
 
 def known_gammas(threshold=0.0):
     """resnet8 whose 336 gammas are -0.5, 0.0625, 0.005, 0 in turn, or 0 if below the threshold."""
@@ -2007,13 +1808,13 @@ def known_gammas(threshold=0.0):
         beta.data = torch.tensor([3, -0.25, -0.25, -0.25]).repeat(repeats)
     return model
 
+
 def test_prune_table_of_known_gammas():
-    """A gamma of 0.0625 is not below 0.0625, and 0 is below every threshold but 0."""
+    """A gamma of 0.0625 is not below 0.0625. The first row is the unpruned network's."""
     images = TEST_IMAGES[:200]
     labels = known_gammas()(train.normalize(images)).argmax(1)
     labels[:50] = 0
-    thresholds = [0.5, 0.0, 0.0625, 0.7, 1.0]
-    rows = prune.prune_table(known_gammas(), images, labels, "off", thresholds)
+    rows = prune.prune_table(known_gammas(), images, labels, [0.5, 0.0625, 0.7, 1.0])
     unpruned = functional_accuracy(known_gammas(), images, labels)
     shares = {0.0: 0, 0.0625: 50, 0.5: 75, 0.7: 100, 1.0: 100}
     assert [row["threshold"] for row in rows] == list(shares)
@@ -2025,6 +1826,21 @@ def test_prune_table_of_known_gammas():
         assert row["change"] == pytest.approx(accuracy - unpruned)
     assert rows[0]["test_accuracy"] != rows[4]["test_accuracy"]
 
+
+def test_each_row_of_a_prune_table_is_one_evaluation(checkpoint, monkeypatch):
+    """In fp32, whatever the precision of the training."""
+    precisions = []
+    evaluate = train.evaluate
+
+    def watched_evaluate(model, images, labels, precision):
+        precisions.append(precision)
+        return evaluate(model, images, labels, precision)
+
+    monkeypatch.setattr(prune, "evaluate", watched_evaluate)
+    assert run_script(prune, "a.pt") == 0
+    assert precisions == ["off"] * 7
+
+
 def test_pruning_changes_gammas_alone():
     """Beta stays, and so does everything else."""
     model = known_gammas()
@@ -2032,6 +1848,7 @@ def test_pruning_changes_gammas_alone():
     assert as_bytes(model.state_dict()) == as_bytes(known_gammas(0.0625).state_dict())
     prune.zero_gammas(model, 1.0)
     assert as_bytes(model.state_dict()) == as_bytes(known_gammas(1.0).state_dict())
+
 
 def test_prune_adds_its_table_to_the_record(checkpoint, capsys):
     """Of the default thresholds alone. The rest of the record stays, and the table is printed."""
@@ -2044,75 +1861,74 @@ def test_prune_adds_its_table_to_the_record(checkpoint, capsys):
     table = record.pop("prune")
     assert record == before
     assert [row["threshold"] for row in table] == [0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
-    printed = capsys.readouterr().out.splitlines()[-8:-1]   # "added to a.json" follows
-    for row, line in zip(table, printed, strict=True):
-        assert line.split() == [f"{row['threshold']:g}", f"{row['pruned']:.2f}", "%",
+    lines = capsys.readouterr().out.splitlines()[-10:]
+    assert lines[0] == "a.pt: epoch 3 of 3, evaluated in fp32"
+    assert lines[-1] == "added to a.json"
+    thresholds = ["unpruned"] + [f"{threshold:g}" for threshold in prune.THRESHOLDS]
+    for row, threshold, line in zip(table, thresholds, lines[2:-1], strict=True):
+        assert line.split() == [threshold, f"{row['pruned']:.2f}", "%",
                                 f"{row['test_accuracy']:.2f}", "%", f"{row['change']:+.2f}"]
 
-def test_prune_adds_its_table_once(checkpoint, capsys):
-    """A table that the record has stays, and a line says so."""
+
+@pytest.mark.parametrize("keys, value", [(["prune"], []), (["epochs", 0, "train_loss"], 3.0)])
+def test_prune_leaves_a_record_alone_that_has_a_table_or_other_epochs(keys, value, checkpoint):
+    """The table is printed all the same."""
     path = pathlib.Path("a.json")
     record = json.loads(path.read_text())
-    record["prune"] = [{"threshold": 0.0, "change": 1.5}]
+    put(record, keys, value)
     kept = json.dumps(record)
     path.write_text(kept)
     assert run_script(prune, "a.pt") == 0
     assert path.read_text() == kept
-    assert capsys.readouterr().out.endswith("a.json has this table already\n")
 
-def test_prune_leaves_the_record_of_another_run(checkpoint, capsys):
-    """The table is printed all the same."""
-    path = pathlib.Path("a.json")
-    record = json.loads(path.read_text())
-    record["epochs"][0]["train_loss"] = 3.0
-    for kept in (json.dumps(record), "[]"):
-        path.write_text(kept)
-        assert run_script(prune, "a.pt") == 0
-        assert path.read_text() == kept
-        lines = capsys.readouterr().out.splitlines()
-        reason = "is not the record of a finished run|has other epochs"
-        assert re.match(f"not added to the record: .*a.json ({reason})", lines[-1])
-        assert len(lines) == 1 + 2 + 7
 
 # --- errors
 
+
 @pytest.mark.parametrize("words, status, says", [
-    ("--arch resnet15", 2, r"argument --arch: resnet15: .* 6n \+ 2, such as 14"),
+    ("--arch resnet15", 2, r"the depth must be 6n \+ 2, such as 14"),
     ("--arch resnet2", 2, "such as 8"),
     ("--arch vgg16", 2, "resnet866 or wrn14-32"),
     ("--train bn+output", 2, "not allowed with"),
     ("--train all", 2, "not allowed with"),
-    ("--epochs 0", 2, "argument --epochs: 0: not in 1 to 1000000"),
+    ("--epochs 0", 2, "argument --epochs: not positive"),
     ("--epochs many", 2, "--epochs"),
-    ("--lr nan", 2, "--lr: nan"),
-    ("--seed -1", 2, "--seed: -1: not in 0 to 4294967295"),
-    ("--out x.ckpt", 2, "--out: x.ckpt: .* ends in .pt"),
+    ("--batch-size 0", 2, "argument --batch-size: not positive"),
+    ("--lr nan", 2, "argument --lr: not positive"),
+    ("--weight-decay -1", 2, "argument --weight-decay: negative"),
+    ("--seed -1", 2, r"argument --seed: not in 0 to 2\^32 - 1"),
+    ("--out x.ckpt", 2, "argument --out: x.ckpt does not end in .pt"),
     ("--amp fp8", 2, "--amp"),
+    ("--norm none", 2, "--norm"),
     ("--device cuda:99", 2, "argument --device: cuda:99: "),
     ("--device tpu", 2, "argument --device: tpu: "),
-    ("--out a.pt/x.pt", 1, "File exists: 'a.pt'"),
-    ("", 2, "a.pt exists: continue it by --resume"),
+    ("--out a.pt/x.pt", 1, "a.pt: File exists|Not a directory"),
+    ("", 2, "a.pt exists: continue it by "),
     ("--batch-size 9 --lr 1e30 --out b.pt", 1, "diverged: .* in epoch 1, .* --lr"),
     ("--resume --epochs 8", 2, "a.pt is a run with epochs 3, not 8"),
     ("--resume --seed 1", 2, "seed 0, not 1"),
+    ("--resume --amp bf16", 2, "amp auto, not bf16"),
 ])
 def test_errors_of_train(words, status, says, checkpoint, finished_run, capsys):
-    """One line that says what is wrong. Beside a finished run, every file stays as it is."""
+    """One line that says what is wrong. A finished run stays as it is."""
     line = error_of(capsys, status, train, *TO_A, *words.split())
     assert re.search(says, line)
-    assert files_here() == finished_run
+    for name, content in finished_run.items():
+        assert pathlib.Path(name).read_bytes() == content
+
 
 @pytest.mark.parametrize("words, status, says", [
     ("", 2, "x.pt"),
-    ("no.pt", 1, r"error: \[Errno 2\] No such file or directory: 'no.pt'"),
-    ("a.pt --thresholds -1", 2, "--thresholds: -1"),
-    ("a.pt --thresholds nan", 2, "--thresholds: nan"),
+    ("no.pt", 1, "error: no.pt: No such file or directory"),
+    ("a.pt --thresholds -1", 2, "--thresholds: not positive"),
+    ("a.pt --thresholds nan", 2, "--thresholds: not positive"),
 ])
 def test_errors_of_prune(words, status, says, checkpoint, finished_run, capsys):
     """One line that says what is wrong, and every file stays as it is."""
     line = error_of(capsys, status, prune, *words.split())
     assert re.search(says, line)
     assert files_here() == finished_run
+
 
 def test_divergence_keeps_the_older_checkpoint(tiny, monkeypatch, capsys):
     """An epoch with a loss that is not finite is not saved."""
@@ -2127,6 +1943,7 @@ def test_divergence_keeps_the_older_checkpoint(tiny, monkeypatch, capsys):
     assert "in epoch 2, which is not saved" in line
     assert len(epochs_of("a.pt")) == 1
 
+
 def test_parameter_that_is_not_finite_is_divergence(tiny, monkeypatch, capsys):
     """Though the loss is finite, as after the last step of an epoch."""
     step = train.train_step
@@ -2140,44 +1957,62 @@ def test_parameter_that_is_not_finite_is_divergence(tiny, monkeypatch, capsys):
     words = TO_A + ["--batch-size", "40"]
     assert "in epoch 1, which is not saved" in error_of(capsys, 1, train, *words)
 
+
 @pytest.mark.parametrize("error, says", [
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB."), "CUDA out of memory"),
     (MemoryError(), "MemoryError"),
     (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), "enforce"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "CUBLAS"),
 ])
 def test_out_of_memory_is_one_line(error, says, tiny, monkeypatch, capsys):
-    """In all of PyTorch's ways to say it."""
-    monkeypatch.setattr(train, "begin_or_continue", raising(error))
+    """In PyTorch's ways to say it."""
+    monkeypatch.setattr(train, "train_step", raising(error))
     line = error_of(capsys, 1, train, *SMALL)
     assert says in line
     assert line.endswith("; try a smaller batch or network")
 
-@pytest.mark.parametrize("version", ["2.5.1", "2.10.0+cu128", "1.13.1"])
+
+@pytest.mark.parametrize("version", ["2.5.1", "2.9.1+cu128", "1.13.1"])
 def test_older_torch_is_refused(version, tiny, monkeypatch, capsys):
     """At the start, by every script."""
-    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     assert f"torch {version} is too old" in error_of(capsys, 2, train, *TO_A)
     assert f"torch {version} is too old" in error_of(capsys, 2, prune, "a.pt")
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cu130", "3.0.0a0+git1234567"])
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.14.1+cu130", "3.0.0a0+git1234567"])
 def test_newer_torch_is_accepted(version, monkeypatch):
-    """Whatever follows the first two numbers."""
-    monkeypatch.setattr(torch, "__version__", version)
+    """Versions are compared as numbers, whatever follows them."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     train.require_torch()
 
-# --- command line and output
+
+# --- output
+
 
 def test_a_line_for_each_epoch(tiny, capsys):
-    """With the figures of the record under their names."""
+    """With the figures of the record under their names, and the next command at the end."""
     assert run_script(train, *TO_A) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[:7] == ["epoch", "train", "loss", "train", "acc", "test", "acc"]
-    for epoch, line in zip(epochs_of("a.pt"), lines[2:5], strict=True):
+    first, header, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == "resnet8 on cpu: 672 of 78,042 parameters train, epochs done: 0 of 3"
+    assert header.split()[:7] == ["epoch", "train", "loss", "train", "acc", "test", "acc"]
+    for epoch, line in zip(epochs_of("a.pt"), lines, strict=True):
         assert line.split()[:7] == [
             f"{epoch['epoch']}/3", f"{epoch['train_loss']:.4f}",
             f"{epoch['train_accuracy']:.2f}", "%", f"{epoch['test_accuracy']:.2f}", "%",
             f"{epoch['lr']:g}"]
+    assert last == "next: python prune.py a.pt"
+
+
+def test_a_start_tells_early_how_long_it_takes(tiny, monkeypatch, capsys):
+    """Once, after twenty steps, whether it begins or continues."""
+    call_before_step(monkeypatch, 90, interrupt)   # 40 steps of one image are an epoch
+    assert run_script(train, *TO_A, "--batch-size", 1) == 1
+    assert run_script(train, *TO_A, "--batch-size", 1, "--resume") == 0
+    lines = capsys.readouterr().out.splitlines()
+    estimates = [line for line in lines if re.match(r"about \d+ s an epoch, 0:00:\d\d ", line)]
+    assert len(estimates) == 2
+    assert lines.index(estimates[0]) == 1
+
 
 def test_output_in_a_file_is_complete_by_the_line(tiny, monkeypatch):
     """Without PYTHONUNBUFFERED."""
@@ -2194,86 +2029,35 @@ def test_output_in_a_file_is_complete_by_the_line(tiny, monkeypatch):
     with output.open("w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         assert run_script(train, *TO_A) == 0
-    assert first_words == ["epoch"] * 3 + ["1/3"] * 3 + ["2/3"] * 3
+    assert first_words == ["resnet8"] * 3 + ["1/3"] * 3 + ["2/3"] * 3
 
-def test_console_that_lacks_a_character(tiny, monkeypatch):
-    """It shows a question mark."""
-    output = pathlib.Path("log.txt")
-    with output.open("w", encoding="ascii") as stdout, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", stdout)
-        assert run_script(train, *SMALL, "--epochs", 1, "--out", "é.pt") == 0
-    assert "?.pt" in output.read_text()
-    assert len(epochs_of("é.pt")) == 1
 
-def test_closed_output_does_not_end_training(tiny, monkeypatch, capsys):
-    """As in `train.py | head -n 1`, and nothing is said."""
-    reader, writer = os.pipe()
-    read = []
+def test_closed_output_ends_quietly_after_a_saved_epoch(tiny):
+    """As in `train.py | head -n 1`: nothing is said, and --resume continues."""
+    process = subprocess.Popen([sys.executable, HERE / "train.py"] + TO_A,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "672 of 78,042 parameters" in process.stdout.readline()
+    assert process.stdout.readline().startswith("about ")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+    assert len(epochs_of("a.pt")) == 1
 
-    def close():
-        read.append(os.read(reader, 10_000).decode())
-        os.close(reader)
-
-    call_before_step(monkeypatch, 1, close)
-    with open(writer, "w") as stdout, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", stdout)
-        assert run_script(train, *TO_A) == 0
-    assert "672 of 78,042 parameters" in read[0]
-    assert capsys.readouterr().err == ""
-    assert train.read_record(pathlib.Path("a.json"))["epochs"] == epochs_of("a.pt")
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_output_does_not_end_training(tiny, monkeypatch, capsys):
-    """As when a log fills a quota. It is said once."""
-    with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", stdout)
-        assert run_script(train, *TO_A) == 0
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("output is lost from here on: ")
-    assert train.read_record(pathlib.Path("a.json"))["epochs"] == epochs_of("a.pt")
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_loss_of_both_outputs_does_not_end_training(tiny, monkeypatch):
-    """As when a terminal goes away."""
-    with open("/dev/full", "w") as stdout, open("/dev/full", "w") as stderr:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", stdout)
-            patch.setattr(sys, "stderr", stderr)
-            assert run_script(train, *TO_A) == 0
-    assert len(epochs_of("a.pt")) == 3
-
-def test_printed_commands_run_in_another_folder(tiny, capsys):
-    """They are quoted for the shell, and name the scripts by their whole path."""
-    words = ["--epochs", 1, "--data-dir", "my data", "--out", "it's a.pt"]
-    assert run_script(train, *SMALL, *words) == 0
-    lines = re.findall("^next: (.*)$", capsys.readouterr().out, re.M)
-    for_prune, for_analyze = map(shlex.split, lines)
-    assert for_analyze == [sys.executable, str(HERE / "analyze.py"), "it's a.pt"]
-    assert for_prune == [sys.executable, str(HERE / "prune.py"), "it's a.pt",
-                         "--data-dir", "my data"]
-    output = subprocess.check_output(for_prune + ["--thresholds", "0"], text=True)
-    assert "it's a.pt: resnet8, --train all, --norm batch, epoch 1 of 1" in output
 
 # --- results
+
 
 def stem(path):
     return path.stem
 
-def command_of(options):
-    """The words of train.py's command line that give these options."""
-    words = []
-    for name, value in options.items():
-        words.append(f"--{name.replace('_', '-')}={value}")
-    return words
 
 @pytest.mark.parametrize("path", RESULTS, ids=stem)
 def test_committed_records(path):
-    """Each is complete, bears its default name, counts what trains, and has the paper's rates."""
+    """Each is finished, bears its name, counts what trains, and has the paper's rates."""
     record = train.read_record(path)
     options = record["options"]
-    words = command_of(options)
-    assert path.stem == arguments(*words).out.stem
-    counts = train.count_parameters(built(*words))
+    assert path.stem == train.name_of(options)
+    counts = train.count_parameters(train.network_of(options))
     for name, count in record["parameters"].items():   # a group can be newer than the record
         assert counts[name] == count
     n = options["epochs"]
@@ -2282,8 +2066,10 @@ def test_committed_records(path):
         factor = 1 if epoch < n / 2 else 10 if epoch < 3 * n / 4 else 100
         rates.append(options["lr"] / factor)
     assert [epoch["lr"] for epoch in record["epochs"]] == rates
+    assert record["test_accuracy"] == record["epochs"][-1]["test_accuracy"]
     unpruned = record["prune"][0]["test_accuracy"]
-    assert unpruned == pytest.approx(record["test_accuracy"], abs=0.2)   # a GPU's, then a CPU's
+    assert unpruned == pytest.approx(record["test_accuracy"], abs=0.4)   # in fp32
+
 
 @pytest.mark.parametrize("path", RESULTS, ids=stem)
 def test_committed_checkpoints(path):
@@ -2297,133 +2083,117 @@ def test_committed_checkpoints(path):
         assert record["options"]["train"] != "bn"
         pytest.skip("a record alone")
     model, checkpoint = train.load_checkpoint(file)
-    for name in ("options", "sessions", "epochs"):
+    for name in ("options", "precision", "starts", "epochs"):
         assert checkpoint[name] == record[name]
     gamma = prune.gammas(model).abs()
     for row in record["prune"]:
         share = 100 * (gamma < row["threshold"]).double().mean().item()
         assert row["pruned"] == pytest.approx(share)
 
-def test_committed_checkpoint_of_all_parameters_is_a_whole_state_dict():
-    """load_state_dict takes it as it is."""
-    path = HERE / "results" / "resnet14-all-s0.pt"
-    state = torch.load(path, weights_only=True)["model"]
-    models.build_model("resnet14", 1).load_state_dict(state)
 
 UNFINISHED = sorted((HERE / "results" / "unfinished").glob("*.pt"))
 
+
 @pytest.mark.parametrize("path", UNFINISHED, ids=stem)
 def test_unfinished_runs(path):
-    """Their checkpoints load, and their records are refused as unfinished."""
+    """Their checkpoints load and can be continued under their own name."""
     _, checkpoint = train.load_checkpoint(path)
-    done = len(checkpoint["epochs"])
-    with pytest.raises(ValueError, match=f"{done} of 160 epochs are done"):
-        train.read_record(path.with_suffix(".json"))
+    assert len(checkpoint["epochs"]) < checkpoint["options"]["epochs"]
+    assert path.stem == train.name_of(checkpoint["options"])
 
-SHALLOW = sorted((HERE / "results").glob("resnet[13]?-*.pt"))   # deeper ones would take minutes
 
-@real_images
-@pytest.mark.parametrize("path", SHALLOW, ids=stem)
-def test_committed_checkpoints_have_the_recorded_accuracy(path):
-    """With the gammas below 0.01 set to zero, to 0.3 points, because the precision may differ."""
-    args = arguments("--data-dir", os.environ["CIFAR10_DIR"])
-    model, content = train.load_checkpoint(path)
-    images, labels, amp = prune.prepare_test(model, content, args)
+def assert_recorded_accuracy(path):
+    """To 0.4 points, because rounding differs between CPUs."""
+    data = train.load_data("cifar10", os.environ["CIFAR10_DIR"], 0)
+    images, labels = data[1]
+    model, _ = train.load_checkpoint(path)
     prune.zero_gammas(model, 0.01)
-    accuracy = train.evaluate(model, images, labels, amp)
+    accuracy = train.evaluate(model, images, labels, "off")
     table = train.read_record(path.with_suffix(".json"))["prune"]
     recorded = {row["threshold"]: row["test_accuracy"] for row in table}
-    assert accuracy == pytest.approx(recorded[0.01], abs=0.3)
+    assert accuracy == pytest.approx(recorded[0.01], abs=0.4)
 
-# --- slow
 
-def train_until_killed(folder, write):
-    """In a process of its own: start the run of a.pt. SIGKILL comes in place of this write."""
-    writes = itertools.count(1)
-    replace = os.replace
+@real_images
+@pytest.mark.parametrize("name", ["resnet14-bn-s0", "resnet14-bn-positivenegative-s0"])
+def test_committed_checkpoints_have_the_recorded_accuracy(name):
+    """With the gammas below 0.01 set to zero."""
+    assert_recorded_accuracy(HERE / f"results/{name}.pt")
 
-    def killing_replace(*args):
-        if next(writes) == write:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*args)
-
-    os.chdir(folder)
-    os.replace = killing_replace
-    train.load_data = tiny_data
-    run_script(train, *TO_A)
 
 @slow
-@pytest.mark.parametrize("write", COMPLETE)
-def test_slow_kills_lose_at_most_an_epoch(write, tiny, finished_run):
-    """SIGKILL just before a record or a checkpoint is put in place."""
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=train_until_killed, args=(os.getcwd(), write))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert len(epochs_of("a.pt")) == COMPLETE[write]
-    assert run_script(train, *TO_A, "--resume") == 0
-    pathlib.Path("whole.pt").write_bytes(finished_run["a.pt"])
-    assert content_of("a.pt") == content_of("whole.pt")
+@real_images
+@pytest.mark.parametrize("path", sorted((HERE / "results").glob("*.pt")), ids=stem)
+def test_slow_committed_checkpoints_have_the_recorded_accuracy(path):
+    """All of them, with the gammas below 0.01 set to zero."""
+    assert_recorded_accuracy(path)
+
 
 # --- analyze
 
+
 def write_run(name, accuracy, words="--bn-only", **entries):
-    """Write the record of a finished run of resnet14 by the paper's recipe.
+    """Write the record of a finished run of resnet14.
 
     accuracy: that of its last epoch; words: its command line; entries: what else the record holds.
     """
-    options = options_of(arguments("--arch", "resnet14", *words.split()))
-    model = models.empty_model(options["arch"], options["norm"])
-    train.freeze(model, options["train"], options["seed"])
+    args = command_line("--device", "cpu", "--arch", "resnet14", *words.split())
+    counts = dict(analyze.counts_of(args.arch))
+    if args.norm == "batch" and args.train != "random":
+        counts = analyze.counts_of(args.arch, args.train)
     epochs = []
-    for epoch in range(1, options["epochs"] + 1):
-        entries_of_epoch = dict.fromkeys(train.EPOCH_ENTRIES, 10.0)
-        entries_of_epoch["epoch"] = epoch
-        epochs.append(entries_of_epoch)
-    epochs[-1]["test_accuracy"] = accuracy
+    for epoch in range(1, args.epochs + 1):
+        epochs.append({"epoch": epoch, "test_accuracy": accuracy})
     record = {
-        "options": options,
-        "parameters": train.count_parameters(model),
+        "options": options_of(args),
+        "precision": "bf16",
+        "parameters": counts,
         "test_accuracy": accuracy,
         "seconds": 7200.0,
-        "sessions": [session(1)],
+        "starts": [start(1)],
         "epochs": epochs,
     }
     record.update(entries)
     pathlib.Path(name).write_text(json.dumps(record))
 
-def session(first_epoch, commit=None):
-    return {"id": "0", "first_epoch": first_epoch, "plain": False, "commit": commit,
-            "torch": "2.13.0", "hardware": "Abacus"}
+
+def start(first_epoch, commit=None):
+    return {"first_epoch": first_epoch, "plain": False, "commit": commit, "torch": "2.13.0",
+            "hardware": "Abacus"}
+
 
 def prune_rows(factor=-2):
     """A table "prune": each threshold t has 100 t % of the gammas and a change of `factor` t."""
     rows = []
-    for threshold in prune.THRESHOLDS:
+    for threshold in [0.0] + prune.THRESHOLDS:
         rows.append({"threshold": threshold, "pruned": 100 * threshold, "test_accuracy": 40.0,
                      "change": factor * threshold})
     return rows
+
 
 def relu_rows():
     """A table "activations": a quarter of the features is disabled."""
     return [{"relu": kind, "disabled": 25.0} for kind in analyze.RELUS]
 
+
 def tables_of(text):
     """{title: rows} of the tables in Markdown; a row is {column: cell}."""
     tables = {}
     for section in text.split("\n## ")[1:]:
-        title, _, *lines = section.strip().splitlines()
+        title, *lines = section.splitlines()
+        lines = [line for line in lines if line.startswith("|")]
         assert len({len(line) for line in lines}) == 1, "not aligned"
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
         header, _, *rows = cells
         tables[title] = [dict(zip(header, row)) for row in rows]
     return tables
 
+
 def printed_tables(capsys):
     """The tables that analyze.py prints of the records in the current folder."""
     assert run_script(analyze, "--results", ".") == 0
     return tables_of(capsys.readouterr().out)
+
 
 def row_of(rows, *cells):
     """The one row that begins with these cells."""
@@ -2434,6 +2204,7 @@ def row_of(rows, *cells):
     assert len(found) == 1
     return found[0]
 
+
 def test_accuracy_is_mean_and_sample_deviation_over_seeds(tiny, capsys):
     """Runs that differ in the seed make one number; a network without a run has "-"."""
     write_run("a.json", 40.0)
@@ -2442,12 +2213,14 @@ def test_accuracy_is_mean_and_sample_deviation_over_seeds(tiny, capsys):
     assert row_of(depth, "resnet14")["bn"] == f"41.50 ± {np.std([40, 43], ddof=1):.2f} (n=2)"
     assert row_of(depth, "resnet32")["bn"] == "-"
 
+
 def test_published_values_stand_beside_ours(tiny, capsys):
     """A row has the network's parameters, then ours, paper and reproduction of bn and of all."""
     write_run("a.json", 60.0, "--arch wrn14-8 --bn-only")
     width = printed_tables(capsys)["Width"]
     assert list(row_of(width, "wrn14-8").values()) == [
         "wrn14-8", "11,093,130", "8,960", "60.00 (n=1)", "64.4", "64.86", "-", "94.7", "94.3"]
+
 
 def test_what_trains_has_a_row_for_each_run_and_what_the_paper_adds(tiny, capsys):
     """The paper's rows stand at networks of which we trained more than bn and all."""
@@ -2463,6 +2236,7 @@ def test_what_trains_has_a_row_for_each_run_and_what_the_paper_adds(tiny, capsys
         ["wrn14-2", "shortcut+output", "11,530", "-", "~57.5"],
     ]
 
+
 def test_networks_are_sorted_by_depth_then_width(tiny, capsys):
     """Not by name, by which resnet110 would come before resnet14 and wrn14-16 before wrn14-2."""
     networks = ["resnet14", "wrn14-2", "wrn14-16", "resnet20", "resnet110"]
@@ -2470,23 +2244,32 @@ def test_networks_are_sorted_by_depth_then_width(tiny, capsys):
         write_run(f"{arch}.json", 40.0, f"--arch {arch} --bn-only")
     tables = printed_tables(capsys)
     assert [row["network"] for row in tables["What trains"]] == networks
-    assert [row["network"] for row in tables["Runs"]] == networks
+    assert "resnet20" in [row["network"] for row in tables["Depth"]]
 
-def test_another_learning_rate_is_a_variant_of_its_own(tiny, capsys):
-    """It is no seed of the default's mean."""
+
+def test_what_differs_from_the_recipe_is_a_row_of_its_own(tiny, capsys):
+    """It is no seed of the default's mean. Its label has all that differs, in RECIPE's order."""
     write_run("a.json", 40.0)
-    write_run("b.json", 50.0, "--bn-only --lr 0.03")
-    write_run("c.json", 60.0, "--bn-only --lr 0.03 --seed 1")
+    write_run("b.json", 50.0, "--bn-only --lr 0.03 --weight-decay 0")
+    write_run("c.json", 60.0, "--bn-only --lr 0.03 --weight-decay 0 --seed 1")
+    write_run("d.json", 70.0, "--bn-only --epochs 10 --bn-init oneone")
+    write_run("e.json", 80.0, "--arch resnet8 --bn-only --dataset synthetic --epochs 2")
     tables = printed_tables(capsys)
     assert row_of(tables["Depth"], "resnet14")["bn"] == "40.00 (n=1)"
-    assert row_of(tables["What trains"], "resnet14", "bn, lr 0.03")["here"] == "55.00 ± 7.07 (n=2)"
+    rows = tables["What trains"]
+    assert row_of(rows, "resnet14", "bn, lr0.03, weight_decay0.0")["here"] == "55.00 ± 7.07 (n=2)"
+    assert row_of(rows, "resnet14", "bn, oneone, epochs10")["here"] == "70.00 (n=1)"
+    assert row_of(rows, "resnet8", "bn, synthetic, epochs2")["here"] == "80.00 (n=1)"
 
-def test_variants_are_named_by_what_differs_from_the_recipe(tiny, capsys):
-    """In this order: what trains, normalization, initial values, learning rate."""
-    words = "--train gamma --norm layer --bn-init oneone --weight-init binary --lr 0.03"
-    write_run("a.json", 60.0, words)
-    [row] = printed_tables(capsys)["Runs"]
-    assert row["what trains"] == "gamma, layer, oneone, binary, lr 0.03"
+
+def test_another_precision_is_no_row_of_its_own(tiny, capsys):
+    """Rows average over precisions; the table of runs tells them."""
+    write_run("a.json", 40.0)
+    write_run("b.json", 50.0, "--bn-only --amp off", precision="off")
+    tables = printed_tables(capsys)
+    assert row_of(tables["Depth"], "resnet14")["bn"] == "45.00 ± 7.07 (n=2)"
+    assert [row["precision"] for row in tables["Runs"]] == ["bf16", "fp32"]
+
 
 def test_other_normalizations_have_a_table_of_their_own(tiny, capsys):
     """Beside them stand the runs of BatchNorm alone of the same network, and only those."""
@@ -2497,16 +2280,18 @@ def test_other_normalizations_have_a_table_of_their_own(tiny, capsys):
     write_run("e.json", 80.0, "--arch resnet20 --bn-only")
     tables = printed_tables(capsys)
     assert [list(row.values()) for row in tables["Other normalizations"]] == [
-        ["resnet14", "batch", "0.1", "bn", "40.00 (n=1)", "1.00 (n=1)", "25.00 (n=1)"],
-        ["resnet14", "layer", "0.03", "bn", "50.00 (n=1)", "-", "-"],
-        ["resnet14", "layer", "0.1", "bn, oneone", "60.00 (n=1)", "1.00 (n=1)", "-"],
+        ["resnet14", "batch", "bn", "40.00 (n=1)", "1.00 (n=1)", "25.00 (n=1)"],
+        ["resnet14", "layer", "bn, layer, lr0.03", "50.00 (n=1)", "-", "-"],
+        ["resnet14", "layer", "bn, layer, oneone", "60.00 (n=1)", "1.00 (n=1)", "-"],
     ]
     assert [row["what trains"] for row in tables["What trains"]] == ["all", "bn", "bn"]
+
 
 def test_tables_without_a_row_are_not_printed(tiny, capsys):
     """Such as that of other normalizations, if all runs have BatchNorm."""
     write_run("a.json", 40.0)
     assert list(printed_tables(capsys)) == ["Depth", "Width", "What trains", "Runs"]
+
 
 def test_disabled_features_by_their_relu(tiny, capsys):
     """A mean over the runs that have the table, "-" for a kind of ReLU that none has."""
@@ -2515,100 +2300,73 @@ def test_disabled_features_by_their_relu(tiny, capsys):
     [row] = printed_tables(capsys)["Disabled features (%), by their ReLU"]
     assert list(row.values()) == ["resnet14", "bn", "25.00 (n=1)", "25.00 (n=1)", "-"]
 
+
 def test_pruning_shows_means_over_the_runs_that_were_pruned(tiny, capsys):
-    """The change in points and the share of gammas, or "-" for a threshold that no run has."""
-    write_run("a.json", 40.0, prune=prune_rows(factor=-2)[2:])
-    write_run("b.json", 43.0, "--bn-only --seed 1", prune=prune_rows(factor=0)[2:])
+    """The change in points and the share of gammas."""
+    write_run("a.json", 40.0, prune=prune_rows(factor=-2))
+    write_run("b.json", 43.0, "--bn-only --seed 1", prune=prune_rows(factor=0))
     write_run("c.json", 43.0, "--bn-only --seed 2")
     tables = printed_tables(capsys)
     [pruning] = [rows for title, rows in tables.items() if "set to zero" in title]
     [row] = pruning
     assert row["n"] == "2"
     assert row["< 0.2"] == "-0.20 (20.0)"
-    assert row["< 0.001"] == "-"
 
-def test_a_run_has_a_row_for_each_session(tiny, capsys):
-    """The first has what is true of the whole run, each what is true of the session."""
+
+def test_a_run_is_a_row_with_the_command_that_makes_it(tiny, capsys):
+    """Each machine and each commit of its starts stands there once."""
     commit = "0123456789" * 4
-    write_run("a.json", 50.0, "--arch wrn14-2 --train bn+shortcut",
-              sessions=[session(1), session(5, commit), session(9, f"{commit}-dirty")])
-    rows = [list(row.values()) for row in printed_tables(capsys)["Runs"]]
-    about_run = ["wrn14-2", "bn+shortcut", "0", "off", "50.00", "2.00"]
-    assert rows == [
-        about_run + ["1", "Abacus", "2.13.0", "not in git"],
-        [""] * 6 + ["5", "Abacus", "2.13.0", "0123456"],
-        [""] * 6 + ["9", "Abacus", "2.13.0", "0123456-dirty"],
-    ]
+    write_run("a.json", 50.0, "--arch wrn14-2 --train bn+shortcut --seed 3 --epochs 2",
+              starts=[start(1), start(5, commit), start(9, commit), start(9, f"{commit}-dirty")])
+    [row] = printed_tables(capsys)["Runs"]
+    assert list(row.values()) == [
+        "`python train.py --arch wrn14-2 --train bn+shortcut --seed 3 --epochs 2`", "50.00", "bf16",
+        "2.00", "Abacus", "2.13.0", "not in git; 0123456; 0123456-dirty"]
 
-def test_sessions_that_trained_no_epoch_are_not_shown(tiny, capsys):
-    """Those that were followed by another one at the same epoch, and those of a finished run."""
-    sessions = [session(1), session(5, "unknown"), session(5), session(161)]
-    write_run("a.json", 50.0, sessions=sessions)
-    rows = printed_tables(capsys)["Runs"]
-    assert [row["from epoch"] for row in rows] == ["1", "5"]
-    assert [row["commit"] for row in rows] == ["not in git", "not in git"]
 
-@pytest.mark.parametrize("words, entries, reason", [
-    ("--bn-only", {}, "another run of the same seed (for another precision, use another folder)"),
-    ("--bn-only --seed 2 --epochs 2", {}, "not the paper's recipe (epochs 2, not 160)"),
-    ("--bn-only --seed 2 --batch-size 64", {}, "not the paper's recipe (batch_size 64, not 128)"),
-    ("--bn-only --seed 2 --lr 0.03 --weight-decay 0", {},
-     "not the paper's recipe (weight_decay 0.0, not 0.0001)"),
-    ("--bn-only --seed 2 --dataset synthetic", {},
-     "not the paper's recipe (dataset synthetic, not cifar10)"),
-    ("--bn-only --seed 2", {"epochs": [dict.fromkeys(train.EPOCH_ENTRIES, 1)]},
-     "not the record of a finished run (1 of 160 epochs are done)"),
-    ("--bn-only --seed 2", {"test_accuracy": 99.99},
-     "not the record of a finished run (its accuracy is not the last epoch's)"),
-])
-def test_what_is_no_finished_run_of_the_recipe_is_left_out(words, entries, reason, tiny, capsys):
-    """The table "Left out" names the file and the reason, and no other table counts the run."""
+def test_what_is_no_finished_run_is_left_out(tiny, capsys):
+    """A line at the end says why, and no table counts it."""
     write_run("a.json", 40.0)
-    write_run("b.json", 99.0, words, **entries)
-    tables = printed_tables(capsys)
-    assert tables["Left out"] == [{"file": "b.json", "reason": reason}]
-    assert row_of(tables["Depth"], "resnet14")["bn"] == "40.00 (n=1)"
-    assert len(tables["Runs"]) == 1
+    write_run("b.json", 99.0, "--bn-only --seed 2", epochs=[{"epoch": 1, "test_accuracy": 99.0}])
+    pathlib.Path("c.json").write_text('{"name": "package"}')
+    pathlib.Path("d.json").write_text("{")
+    assert run_script(analyze, "--results", ".") == 0
+    output = capsys.readouterr().out
+    lines = [line for line in output.splitlines() if line.startswith("Left out: ")]
+    assert lines[0] == "Left out: b.json is not finished (1 of 160 epochs)"
+    assert lines[1].startswith("Left out: c.json is not a record of train.py (")
+    assert lines[2].startswith("Left out: d.json is not a record of train.py (")
+    assert row_of(tables_of(output)["Depth"], "resnet14")["bn"] == "40.00 (n=1)"
+    assert len(tables_of(output)["Runs"]) == 1
 
-def test_json_of_something_else_is_left_out(tiny, capsys):
-    """As that of a program's package, or a file that is not JSON."""
-    write_run("a.json", 40.0)
-    pathlib.Path("b.json").write_text('{"name": "package"}')
-    pathlib.Path("c.json").write_text("{")
-    left_out = printed_tables(capsys)["Left out"]
-    assert [row["file"] for row in left_out] == ["b.json", "c.json"]
-    for row in left_out:
-        assert row["reason"].startswith("not the record of a finished run (")
 
+@pytest.mark.parametrize("folder", [".", "no"])
 @pytest.mark.parametrize("words", [[], ["--plot"]])
-def test_folder_without_a_finished_run(words, tiny, capsys):
-    """A line on stderr says so, and stdout names what was left out."""
-    if words == ["--plot"]:
-        pytest.importorskip("matplotlib")
-    write_run("a.json", 40.0, "--bn-only --epochs 2")
-    assert run_script(analyze, "--results", ".", *words) == 1
-    printed = capsys.readouterr()
-    assert printed.err == ("analyze.py: error: no record of a finished run of the recipe in .\n")
-    [row] = tables_of(printed.out)["Left out"]
-    assert row["file"] == "a.json"
-    assert sorted(pathlib.Path().iterdir()) == [pathlib.Path("a.json")]
+def test_folder_without_a_finished_run_is_one_line(folder, words, tiny, capsys):
+    """A folder that does not exist, too."""
+    line = error_of(capsys, 1, analyze, "--results", folder, *words)
+    assert line == f"analyze.py: error: no record of a finished run in {folder}"
 
-@pytest.mark.parametrize("words, says", [
-    (["--activations"], "--activations needs checkpoints"),
-    (["--results", "a.json"], "argument --results: a.json: not a folder"),
-    (["--results", "no"], "argument --results: no: not a folder"),
-    (["a.pt", "--plot"], "--plot draws the records in --results, not checkpoints"),
-])
-def test_wrong_usage_of_analyze(words, says, tiny, capsys):
-    """It is a line on stderr and status 2."""
+
+def test_activations_need_checkpoints(tiny, capsys):
+    """A usage error."""
+    line = error_of(capsys, 2, analyze, "--activations")
+    assert line == "analyze.py: error: --activations needs checkpoints"
+
+
+def test_tables_start_no_gpu(tiny, monkeypatch, capsys):
+    """No device is asked for, because records are text."""
+    monkeypatch.setattr(analyze, "choose_device", raising(AssertionError("a device")))
     write_run("a.json", 40.0)
-    assert says in error_of(capsys, 2, analyze, *words)
+    assert run_script(analyze, "--results", ".") == 0
+
 
 def test_network_without_gammas_is_one_line(monkeypatch):
     """A normalization of one's own may have no weight."""
     monkeypatch.setitem(models.NORMS, "none", nn.Identity)
     with pytest.raises(train.UserError, match="this network has no gammas"):
         prune.gammas(models.build_model("resnet8", 0, "none"))
+
 
 def test_firing_of_relus():
     """Against the blocks of resnet8 called one by one, on batches of different sizes."""
@@ -2617,7 +2375,7 @@ def test_firing_of_relus():
     with torch.no_grad():   # a feature that fires at half a percent of its positions is disabled
         feature = model.bn(model.conv(train.normalize(images)))[:, 0]
         model.bn.bias[0] -= feature.quantile(0.995)
-    table = analyze.relu_table(model, images, labels, "off")
+    table = analyze.relu_table(model, images, labels)
     with torch.no_grad():
         x = model.bn(model.conv(train.normalize(images))).relu()
         stem = [x]
@@ -2639,6 +2397,7 @@ def test_firing_of_relus():
         assert row["disabled"] == pytest.approx(100 * (shares < 0.01).double().mean().item())
         assert 0 < row["disabled"] < 100
 
+
 def test_histogram_has_a_bin_around_zero(capsys):
     """Bins of 0.05 from -1.025 to 1.025, a # per percent; a last line counts what lies beyond."""
     around_zero = [-0.02, 0.0, 0.02, 0.0, 0.0]
@@ -2647,6 +2406,7 @@ def test_histogram_has_a_bin_around_zero(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[24].split() == ["+0.00", "50.00", "%", 50 * "#"]
     assert lines[45] == "beyond 20.00 %"
+
 
 def test_distributions_of_a_checkpoint(checkpoint, capsys):
     """Those of all its gammas, and of all its betas."""
@@ -2659,24 +2419,25 @@ def test_distributions_of_a_checkpoint(checkpoint, capsys):
     assert run_script(analyze, "a.pt") == 0
     assert capsys.readouterr().out.endswith(expected)
 
+
 def test_activations_are_added_to_the_record(checkpoint, capsys):
     """And printed: resnet8 has 16 features in the stem, 112 inside blocks, 112 after additions."""
     assert run_script(analyze, "a.pt", "--activations") == 0
     rows = json.loads(pathlib.Path("a.json").read_text())["activations"]
     assert [row["features"] for row in rows] == [16 + 2 * 112, 112, 112]
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split("|")[2].strip() for line in lines] == ["240", "112", "112"]
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split("|")[2].strip() for line in lines[:3]] == ["240", "112", "112"]
+    assert lines[3] == "added to a.json"
 
-def test_a_checkpoint_needs_no_folder_of_results(checkpoint, monkeypatch, capsys):
-    """The scripts look into a checkpoint without the published values."""
-    monkeypatch.setattr(analyze, "RESULTS", pathlib.Path("no"))
-    assert run_script(analyze, "a.pt") == 0
-    assert "Distribution of beta" in capsys.readouterr().out
 
 def test_results_readme_is_what_analyze_prints(capsys):
     """Byte by byte: python analyze.py > results/README.md."""
     assert run_script(analyze) == 0
     assert capsys.readouterr().out.encode() == (HERE / "results/README.md").read_bytes()
+
+
+# --- figures
+
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
@@ -2685,106 +2446,85 @@ def figures(tmp_path_factory):
     runs, _ = analyze.read_results(HERE / "results")
     return analyze.draw(runs, analyze.read_published(), tmp_path_factory.mktemp("figures"))
 
+
 @pytest.fixture(scope="module")
 def resnet14_records():
     """The committed records of resnet14 of which BatchNorm alone was trained."""
     paths = [path for path in RESULTS if path.match("resnet14-bn-s[0-9]*.json")]
     return [json.loads(path.read_text()) for path in paths]
 
-def points_of(figure, gid):
-    """The points (n, 2) of the line with this gid."""
-    [line] = [line for line in figure.axes[0].lines if line.get_gid() == gid]
-    return line.get_xydata()
 
-def test_figure_of_accuracy_has_a_point_for_each_run(figures, resnet14_records):
-    """The first are those of resnet14, by seed; its first mean is where the line begins."""
+def line_of(figure, label):
+    """The points (n, 2) of the first line with this label."""
+    lines = [line for line in figure.axes[0].lines if line.get_label() == label]
+    return lines[0].get_xydata()
+
+
+def names_in(figure):
+    """The networks that are named in a figure."""
+    return {text.get_text().strip() for text in figure.axes[0].texts}
+
+
+def test_figure_of_accuracy_has_runs_means_and_the_papers_values(figures, resnet14_records):
+    """resnet14 comes first. The paper's range for resnet866 is drawn at its middle."""
     accuracies = [record["test_accuracy"] for record in resnet14_records]
-    n = len(accuracies)
-    points = points_of(figures["accuracy"], "bn")
-    assert np.allclose(points[:n, 0], 1120)
-    assert np.allclose(points[:n, 1], accuracies)
-    line = points_of(figures["accuracy"], "bn, means")
-    assert np.allclose(line[0], [1120, np.mean(accuracies)])
+    figure = figures["accuracy"]
+    runs = figure.axes[0].lines[0].get_xydata()
+    assert np.allclose(runs[:, 0], 1120)
+    assert np.allclose(runs[:, 1], accuracies)
+    assert np.allclose(line_of(figure, "only BatchNorm")[0], [1120, np.mean(accuracies)])
+    papers = line_of(figure, "only BatchNorm, paper")
+    assert np.allclose(papers[0], [1120, 48.1])
+    assert np.allclose(papers[6], [64_736, (82.0 + 83.9) / 2])
 
-def test_figure_of_accuracy_has_the_papers_values(figures):
-    """The paper's range for resnet866 is drawn at its middle."""
-    points = points_of(figures["accuracy"], "bn, paper")
-    assert np.allclose(points[0], [1120, 48.1])
-    assert np.allclose(points[6], [64_736, (82.0 + 83.9) / 2])
 
 def test_figure_of_epochs_has_means_over_seeds(figures, resnet14_records):
     """A point for each of the 160 epochs."""
     curves = []
     for record in resnet14_records:
         curves.append([epoch["test_accuracy"] for epoch in record["epochs"]])
-    points = points_of(figures["epochs"], "resnet14 bn")
+    points = line_of(figures["epochs"], "only BatchNorm")
     assert np.allclose(points[:, 0], np.arange(1, 161))
     assert np.allclose(points[:, 1], np.mean(curves, axis=0))
 
+
 def test_figure_of_pruning_has_means_over_seeds(figures, resnet14_records):
     """A point for each threshold."""
+    points = line_of(figures["pruning"], "only BatchNorm")
     for column, name in enumerate(["pruned", "test_accuracy"]):
         values = []
         for record in resnet14_records:
             values.append([row[name] for row in record["prune"]])
-        points = points_of(figures["pruning"], "resnet14 bn")
         assert np.allclose(points[:, column], np.mean(values, axis=0))
 
-@pytest.mark.parametrize("gid", ["resnet14 bn", "resnet14 all"])
-def test_figure_of_gamma_has_the_gammas_of_the_checkpoints(gid, figures):
+
+def test_figure_of_gamma_has_the_gammas_of_the_checkpoints(figures, resnet14_records):
     """Its bins add up to the recorded shares below 0.05, 0.1 and 0.2."""
-    [bars] = [patch for patch in figures["gamma"].axes[0].patches if patch.get_gid() == gid]
+    panel = figures["gamma"].axes[0]
+    [bars] = [patch for patch in panel.patches if patch.get_label() == "only BatchNorm"]
     below = np.cumsum(bars.get_data().values)
-    recorded = points_of(figures["pruning"], gid)[:, 0]
-    assert prune.THRESHOLDS[4:] == [0.05, 0.1, 0.2]
+    recorded = line_of(figures["pruning"], "only BatchNorm")[:, 0]
+    assert prune.THRESHOLDS[3:] == [0.05, 0.1, 0.2]
     assert np.allclose([below[0], below[1], below[3]], recorded[4:])
 
-def test_a_half_copied_checkpoint_does_not_end_the_drawing(tiny, capsys):
-    """A line names it, and the figure of gamma shows the others."""
+
+def test_figures_of_any_network(tiny):
+    """Networks that the paper does not have are drawn, too, and without tables or checkpoints."""
     pytest.importorskip("matplotlib")
-    for seed in (0, 1):
-        for suffix in (".json", ".pt"):
-            file = HERE / f"results/resnet14-bn-s{seed}{suffix}"
-            pathlib.Path(file.name).write_bytes(file.read_bytes())
-    damaged = pathlib.Path("resnet14-bn-s1.pt")
-    damaged.write_bytes(damaged.read_bytes()[:30_000])
-    assert run_script(analyze, "--results", ".", "--plot") == 0
-    lines = capsys.readouterr().out.splitlines()
-    [line] = [line for line in lines if not line.startswith("wrote ")]
-    assert line.startswith("not in the figure: resnet14-bn-s1.pt is not a valid checkpoint")
-    drawn = sorted(file.name for file in pathlib.Path("figures").iterdir())
-    assert drawn == ["accuracy.svg", "epochs.svg", "gamma.svg", "pruning.svg"]
+    write_run("a.json", 40.0, "--arch resnet20 --bn-only")
+    write_run("b.json", 50.0, "--arch wrn26-3 --bn-only", prune=prune_rows())
     runs, _ = analyze.read_results(pathlib.Path())
-    model, _ = train.load_checkpoint("resnet14-bn-s0.pt")
-    assert analyze.stored_gammas(runs["resnet14", "bn"]) == prune.gammas(model).tolist()
+    figures = analyze.draw(runs, analyze.read_published(), pathlib.Path("figures"))
+    assert {"resnet20", "wrn26-3", "resnet866"} <= names_in(figures["accuracy"])
+    assert names_in(figures["epochs"]) == {"resnet20", "wrn26-3"}
+    assert names_in(figures["pruning"]) == {"wrn26-3"}
+    assert [panel.get_title() for panel in figures["gamma"].axes] == ["resnet20", "wrn26-3"]
+    assert len(os.listdir("figures")) == 4
 
-def test_figures_of_any_run(tiny, capsys):
-    """Also without checkpoints, tables of pruning, and networks of the paper."""
-    pytest.importorskip("matplotlib")
-    write_run("a.json", 40.0, "--arch resnet20 --bn-only --norm layer")
-    assert run_script(analyze, "--results", ".", "--plot", "new/folder") == 0
-    assert len(list(pathlib.Path("new/folder").iterdir())) == 4
-
-def test_figures_do_not_depend_on_a_matplotlibrc(tiny, capsys):
-    """One with usetex and a missing font changes no byte; after drawing, it is in force again."""
-    matplotlib = pytest.importorskip("matplotlib")
-    write_run("a.json", 40.0)
-    assert run_script(analyze, "--results", ".", "--plot", "before") == 0
-    with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font"}):
-        assert run_script(analyze, "--results", ".", "--plot", "after") == 0
-        assert matplotlib.rcParams["text.usetex"]
-    for file in pathlib.Path("before").iterdir():
-        assert pathlib.Path("after", file.name).read_bytes() == file.read_bytes()
-
-NEEDS_MATPLOTLIB = "--plot needs matplotlib 3.7 or newer: pip install -U matplotlib"
-
-@pytest.mark.parametrize("version", ["3.6.3", "2.10.0"])
-def test_an_old_matplotlib_is_one_line(version, tiny, monkeypatch, capsys):
-    """Before 3.7, it can't place a legend outside of the axes."""
-    matplotlib = pytest.importorskip("matplotlib")
-    monkeypatch.setattr(matplotlib, "__version__", version)
-    assert NEEDS_MATPLOTLIB in error_of(capsys, 2, analyze, "--results", ".", "--plot")
 
 def test_a_missing_matplotlib_is_one_line(tiny, monkeypatch, capsys):
+    """It is optional."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)   # makes the import fail
-    assert NEEDS_MATPLOTLIB in error_of(capsys, 2, analyze, "--results", ".", "--plot")
+    write_run("a.json", 40.0)
+    line = error_of(capsys, 2, analyze, "--results", ".", "--plot")
+    assert line == "analyze.py: error: --plot needs matplotlib: pip install matplotlib"
