@@ -2009,7 +2009,7 @@ def test_a_start_tells_early_how_long_it_takes(tiny, monkeypatch, capsys):
     assert run_script(train, *TO_A, "--batch-size", 1) == 1
     assert run_script(train, *TO_A, "--batch-size", 1, "--resume") == 0
     lines = capsys.readouterr().out.splitlines()
-    estimates = [line for line in lines if re.match(r"about \d+ s an epoch, 0:00:\d\d ", line)]
+    estimates = [line for line in lines if re.match(r"about \d+ s an epoch, \d\.\d minutes in all$", line)]
     assert len(estimates) == 2
     assert lines.index(estimates[0]) == 1
 
@@ -2042,6 +2042,29 @@ def test_closed_output_ends_quietly_after_a_saved_epoch(tiny):
     assert process.stderr.read() == ""
     assert process.wait() == 1
     assert len(epochs_of("a.pt")) == 1
+
+
+# --- the page
+
+def blocks_of_python():
+    """The Python of README.md, a text for each block."""
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+
+
+@pytest.mark.parametrize("block", blocks_of_python())
+def test_python_of_the_page_runs(block):
+    """Each block for itself, in the folder of the repository. load_data needs CIFAR10_DIR."""
+    if "load_data" in block:
+        if "CIFAR10_DIR" not in os.environ:
+            pytest.skip("CIFAR10_DIR is not set")
+        block = block.replace('"data"', repr(os.environ["CIFAR10_DIR"]))
+    # torchvision can be without its operators, which is mended by import_cifar10.
+    block = "import train; train.import_cifar10()\n" + block
+    result = subprocess.run([sys.executable, "-c", block], cwd=HERE, capture_output=True, text=True,
+                            check=True)
+    for expected in re.findall(r"# (tensor\(.*\))", block):
+        assert expected in result.stdout
 
 
 # --- results

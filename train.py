@@ -362,11 +362,12 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
 
 def print_estimate(seconds, epochs, device):
     """How long a start will take, from the seconds of an epoch, without evaluation."""
-    in_all = datetime.timedelta(seconds=round(seconds * epochs))
+    minutes = seconds * epochs / 60
+    in_all = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
     memory = ""
     if device.type == "cuda":
         memory = f", {torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
-    print(f"about {seconds:.0f} s an epoch, {in_all} (h:m:s) in all{memory}", flush=True)
+    print(f"about {seconds:.0f} s an epoch, {in_all} in all{memory}", flush=True)
 
 
 def print_epoch(done, epochs):
