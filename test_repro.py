@@ -2009,7 +2009,8 @@ def test_a_start_tells_early_how_long_it_takes(tiny, monkeypatch, capsys):
     assert run_script(train, *TO_A, "--batch-size", 1) == 1
     assert run_script(train, *TO_A, "--batch-size", 1, "--resume") == 0
     lines = capsys.readouterr().out.splitlines()
-    estimates = [line for line in lines if re.match(r"about \d+ s an epoch, \d\.\d minutes in all$", line)]
+    estimate = re.compile(r"about \d+ s an epoch, \d\.\d minutes in all$")
+    estimates = [line for line in lines if estimate.match(line)]
     assert len(estimates) == 2
     assert lines.index(estimates[0]) == 1
 
@@ -2049,7 +2050,7 @@ def test_closed_output_ends_quietly_after_a_saved_epoch(tiny):
 def blocks_of_python():
     """The Python of README.md, a text for each block."""
     page = (HERE / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("block", blocks_of_python())
