@@ -392,7 +392,7 @@ LOOKS = {
     "all": ("#D55E00", "everything"),
     "random": ("#009E73", "two weights per channel"),
 }
-PINK = "#CC79A7"
+WIDE = ("#CC79A7", "only BatchNorm, wider")
 SETTINGS = {
     "axes.edgecolor": "gray",
     "axes.labelcolor": "gray",
@@ -447,40 +447,50 @@ def add_legend(figure):
                   frameon=False)
 
 
+def look_of(arch, train):
+    """Color and legend of a network."""
+    return WIDE if train == "bn" and is_wide(arch) else LOOKS[train]
+
+
+def annotate(ax, arch, point, color, side):
+    """The name of a network at a point: above it, or below if it is a wide one."""
+    va = "top" if is_wide(arch) else "bottom"
+    ax.annotate(f" {arch} ", point, ha=side, va=va, color=color)
+
+
 def draw_accuracy(runs, published):
     """Accuracy against the number of BatchNorm parameters: ours solid, the paper's dotted."""
     figure, [ax] = new_figure("BatchNorm parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     for train in ("bn", "random"):
-        color, label = LOOKS[train]
         archs = networks_of(runs, published, train)
-        deep = [arch for arch in archs if not is_wide(arch)]
-        wide = [arch for arch in archs if is_wide(arch)]
-        draw_networks(ax, runs, published, train, deep, color, label, (-6, 3))
-        draw_networks(ax, runs, published, train, wide, PINK, f"{label}, wider", (6, -8))
+        draw_networks(ax, runs, published, train, [arch for arch in archs if not is_wide(arch)])
+        draw_networks(ax, runs, published, train, [arch for arch in archs if is_wide(arch)])
     return figure
 
 
-def draw_networks(ax, runs, published, train, archs, color, label, offset):
+def draw_networks(ax, runs, published, train, archs):
     """A point for each run of these networks, a line through the means, and the paper's values."""
-    ours = {}     # by network: {number of BatchNorm parameters: accuracy}
-    theirs = {}
+    points = []   # each is (number of BatchNorm parameters, accuracy)
+    means = []
+    papers = []
     for arch in archs:
+        color, label = look_of(arch, train)
         count = counts_of(arch)["bn"]
         values = accuracies(runs.get((arch, train), []))
-        ax.plot([count] * len(values), values, "o", color=color)
         if values:
-            ours[count] = np.mean(values)
+            points += [(count, value) for value in values]
+            means.append((count, np.mean(values)))
         if (arch, train) in published:
-            theirs[count] = published_number(published[arch, train]["paper"])
-        ax.annotate(arch, (count, theirs.get(count, ours.get(count))), offset, color=color,
-                    textcoords="offset points", ha="right" if offset[0] < 0 else "left")
-    if ours:
-        ax.plot(ours.keys(), ours.values(), "o-", color=color, label=label)
-    if theirs:
-        ax.plot(theirs.keys(), theirs.values(), "o:", mfc="none", color=color,
-                label=f"{label}, paper")
+            papers.append((count, published_number(published[arch, train]["paper"])))
+        last = papers[-1] if (arch, train) in published else means[-1]
+        annotate(ax, arch, last, color, "left" if is_wide(arch) else "right")
+    if points:
+        ax.plot(*zip(*points), "o", color=color, label=label)
+        ax.plot(*zip(*means), "-", color=color)
+    if papers:
+        ax.plot(*zip(*papers), "o:", mfc="none", color=color, label=f"{label}, paper")
 
 
 def published_number(text):
@@ -500,7 +510,7 @@ def draw_gamma(runs):
             values = stored_gammas(runs.get((arch, train), []))
             if values:
                 counts, _ = np.histogram(np.abs(values), edges)
-                color, label = LOOKS[train]
+                color, label = look_of(arch, train)
                 ax.stairs(100 * counts / len(values), edges, fill=True, alpha=0.6, color=color,
                           label=label)
     return figure
@@ -520,28 +530,32 @@ def stored_gammas(records):
 def draw_pruning(runs):
     """Accuracy against the share of gammas set to zero, a point for each threshold."""
     figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
-    for (arch, label), records in runs.items():
-        if label in LOOKS and rows_below(records, 0.0):
-            color, text = LOOKS[label]
-            rows = [rows_below(records, threshold) for threshold in [0.0] + THRESHOLDS]
-            shares = [np.mean([row["pruned"] for row in of_threshold]) for of_threshold in rows]
-            means = [np.mean([row["test_accuracy"] for row in of_threshold])
-                     for of_threshold in rows]
-            ax.plot(shares, means, "o-", color=color, label=text)
-            ax.annotate(f"{arch}  ", (shares[0], means[0]), ha="right", va="center", color=color)
+    for (arch, train), records in runs.items():
+        if train in LOOKS and rows_below(records, 0.0):
+            color, label = look_of(arch, train)
+            shares = []
+            means = []
+            for threshold in [0.0] + THRESHOLDS:
+                rows = rows_below(records, threshold)
+                shares.append(np.mean([row["pruned"] for row in rows]))
+                means.append(np.mean([row["test_accuracy"] for row in rows]))
+            ax.plot(shares, means, "o-", color=color, label=label)
+            annotate(ax, arch, (shares[0], means[0]), color, "right")
     return figure
 
 
 def draw_epochs(runs):
     """Accuracy after each epoch, means over runs."""
     figure, [ax] = new_figure("epoch", "test accuracy (%)")
-    for (arch, label), records in runs.items():
-        if label in LOOKS:
-            color, text = LOOKS[label]
-            curves = [[epoch["test_accuracy"] for epoch in record["epochs"]] for record in records]
+    for (arch, train), records in runs.items():
+        if train in LOOKS:
+            color, label = look_of(arch, train)
+            curves = []
+            for record in records:
+                curves.append([epoch["test_accuracy"] for epoch in record["epochs"]])
             means = np.mean(curves, axis=0)
-            ax.plot(range(1, len(means) + 1), means, color=color, label=text)
-            ax.annotate(f"  {arch}", (len(means), means[-1]), va="center", color=color)
+            ax.plot(range(1, len(means) + 1), means, color=color, label=label)
+            annotate(ax, arch, (len(means), means[-1]), color, "left")
     return figure
 
 
