@@ -120,7 +120,7 @@ def accuracies(records):
     return [record["test_accuracy"] for record in records]
 
 
-def rows_below(records, threshold):
+def rows_of(records, threshold):
     """The row of this threshold in the table "prune" of each record that has one."""
     rows = []
     for record in records:
@@ -235,7 +235,7 @@ def print_normalizations(runs):
     for (arch, label), records in runs.items():
         options = records[0]["options"]
         if arch in archs and options["train"] == "bn":
-            small = [row["pruned"] for row in rows_below(records, 0.01)]
+            small = [row["pruned"] for row in rows_of(records, 0.01)]
             rows.append([arch, options["norm"], label, mean_and_std(accuracies(records)),
                          mean_and_std(small), mean_and_std(disabled_shares(records, "all"))])
     header = ["network", "norm", "what trains", "accuracy", "gammas below 0.01 (%)",
@@ -257,9 +257,9 @@ def print_pruning(runs):
     """Means over the n records that have a table "prune"."""
     rows = []
     for (arch, label), records in runs.items():
-        n = len(rows_below(records, THRESHOLDS[0]))
+        n = len(rows_of(records, 0.0))
         if n > 0:
-            cells = [pruning_cell(rows_below(records, threshold)) for threshold in THRESHOLDS]
+            cells = [pruning_cell(rows_of(records, threshold)) for threshold in THRESHOLDS]
             rows.append([arch, label, str(n)] + cells)
     title = ("Gammas below a threshold set to zero: "
              "change of accuracy in points (share of gammas, %)")
@@ -268,6 +268,8 @@ def print_pruning(runs):
 
 
 def pruning_cell(rows):
+    if not rows:
+        return "-"
     change = np.mean([row["change"] for row in rows])
     share = np.mean([row["pruned"] for row in rows])
     return f"{change:+.2f} ({share:.1f})"
@@ -531,12 +533,12 @@ def draw_pruning(runs):
     """Accuracy against the share of gammas set to zero, a point for each threshold."""
     figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
     for (arch, train), records in runs.items():
-        if train in LOOKS and rows_below(records, 0.0):
+        if train in LOOKS and rows_of(records, 0.0):
             color, label = look_of(arch, train)
             shares = []
             means = []
             for threshold in [0.0] + THRESHOLDS:
-                rows = rows_below(records, threshold)
+                rows = rows_of(records, threshold)
                 shares.append(np.mean([row["pruned"] for row in rows]))
                 means.append(np.mean([row["test_accuracy"] for row in rows]))
             ax.plot(shares, means, "o-", color=color, label=label)
@@ -577,6 +579,8 @@ def parse_command_line():
     args.results = pathlib.Path(args.results)
     if args.activations and not args.checkpoints:
         parser.error("--activations needs checkpoints")
+    if args.plot and args.checkpoints:
+        parser.error("--plot draws the records in --results, not checkpoints")
     return args
 
 

@@ -29,8 +29,8 @@ class Block(nn.Module):
 
     conv3x3, BN, ReLU, conv3x3, BN, add the shortcut, ReLU:
     (B, c_in, H, W) -> (B, c_out, H / stride, W / stride).
-    The shortcut is the identity, or with stride 2 a 1x1 convolution and BN. The normalization can
-    be another one.
+    The shortcut is the identity, or with stride 2 a 1x1 convolution and BN. Instead of BN, `norm`
+    can name another normalization.
     """
 
     def __init__(self, c_in, c_out, stride, norm="batch"):
@@ -92,7 +92,7 @@ def stage(n, c_in, c_out, stride, norm):
 
 
 def convolution(c_in, c_out, kernel_size, stride, norm):
-    """A convolution without a bias, unless it normalizes its own weights (`norm` "weight")."""
+    """A convolution without a bias; with `norm` "weight", the one that normalizes its weights."""
     padding = kernel_size // 2
     if norm == "weight":
         return WeightNormConv2d(c_in, c_out, kernel_size, stride, padding)

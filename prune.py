@@ -3,8 +3,8 @@
     python prune.py results/resnet14-bn-s0.pt
     python prune.py runs/resnet110-bn-s0.pt --thresholds 0.05
 
-Prints a table per checkpoint; its first row is the network as it is. That of the default thresholds
-is added to the record of the run, the .json beside it, if the record has none.
+Prints a table per checkpoint; its first row is the network as it is. With the default thresholds,
+the table is added to the record of the run, the .json beside it, if the record has none.
 """
 import argparse
 import os
@@ -109,7 +109,7 @@ def main():
                         help="default: %(default)s")
     add_device_arguments(parser)
     args = parser.parse_args()
-    if not min(args.thresholds) > 0:
+    if not all(threshold > 0 for threshold in args.thresholds):
         parser.error("argument --thresholds: not positive")
     device = choose_device(args.device)
     set_full_fp32()

@@ -101,11 +101,12 @@ def augment(padded, index, offset, flip):
     each dimension takes four times as long on a CPU.
     """
     pixel = torch.arange(32, device=padded.device)
-    from_left = torch.where(flip[:, None], 31 - pixel, pixel)          # (B, 32)
-    columns = offset[:, 1:] + from_left                                # (B, 32)
-    rows = index[:, None] * 40 + offset[:, :1] + pixel                 # (B, 32), in all N * 40
-    pixels = rows[:, :, None] * 40 + columns[:, None, :]               # (B, 32, 32), in all pixels
-    gathered = padded.view(-1, 3).index_select(0, pixels.flatten())    # (B * 32 * 32, 3)
+    from_left = torch.where(flip[:, None], 31 - pixel, pixel)         # (B, 32)
+    columns = offset[:, 1:] + from_left                               # (B, 32)
+    # All rows of all images are counted through, and then all pixels.
+    rows = index[:, None] * 40 + offset[:, :1] + pixel                # (B, 32)
+    pixels = rows[:, :, None] * 40 + columns[:, None, :]              # (B, 32, 32)
+    gathered = padded.view(-1, 3).index_select(0, pixels.flatten())   # (B * 32 * 32, 3)
     return gathered.view(len(index), 32, 32, 3)
 
 
@@ -195,7 +196,7 @@ GROUPS = {
 def parameters_of(model, groups):
     """The parameters of a model that belong to any of these groups, in the model's order.
 
-    The values of TwoWeightsConv2d belong to none: they stand for weights that do.
+    The values of TwoWeightsConv2d belong to none, because its weight, in which they stand, does.
     """
     parameters = []
     for path, module in model.named_modules():
@@ -289,7 +290,8 @@ def evaluate(model, images, labels, precision):
     model.eval()
     size = 125   # fits the caches of a CPU
     if images.is_cuda:
-        size = max(125, 16_000 // model.conv.out_channels)   # takes as much memory as a step
+        # As large as a GPU has memory for: a batch of 1,000 in resnet14 takes as much as a step.
+        size = max(125, 16_000 // model.conv.out_channels)
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
         with torch.autocast(images.device.type, AMP_DTYPES[precision], enabled=precision != "off"):
@@ -310,7 +312,7 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
     padded = F.pad(train_images, (0, 0, 4, 4, 4, 4))   # (N, 40, 40, 3)
     n = len(padded)
     size = min(args.batch_size, n)
-    last_size = (n - 1) % size + 1   # the last batch of an epoch is smaller, see OpenLTH
+    last_size = n % size or size   # the last batch of an epoch is smaller, see OpenLTH
     step = make_step(model, optimizer, scaler, run["precision"], size, last_size, args)
 
     first_epoch = len(run["epochs"])
@@ -435,7 +437,7 @@ class TwoWeightsConv2d(nn.Conv2d):
 def set_full_fp32():
     """Let fp32 mean fp32 on NVIDIA's GPUs, not TF32."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False   # the older switch of the next line: both must agree
+    torch.backends.cudnn.allow_tf32 = False   # as the next line: PyTorch has two switches
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
@@ -515,22 +517,15 @@ def make_fast(step, model, size, last_size):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)   # at most five kinds, whatever the depth
-    fast_step = try_to_capture(step, size, last_size, "compiled blocks")
-    if fast_step is None:
-        step = eager(step)
-        fast_step = try_to_capture(step, size, last_size, "CUDA graphs")
-    return fast_step or step
-
-
-def try_to_capture(step, size, last_size, part):
-    """The step as CUDA graphs. If there can be none, print that `part` fails, and return None."""
-    try:
-        return capture_all(step, size, last_size)
-    except Exception as error:   # whatever compilers and drivers raise
-        if is_out_of_memory(error):
-            raise
-        print(f"{part} fail here, continuing without them ({one_line(error)})", flush=True)
-        return None
+    eager_step = eager(step)
+    for part, attempt in [("compiled blocks", step), ("CUDA graphs", eager_step)]:
+        try:
+            return capture_all(attempt, size, last_size)
+        except Exception as error:   # whatever compilers and drivers raise
+            if is_out_of_memory(error):
+                raise
+            print(f"{part} fail here, continuing without them ({one_line(error)})", flush=True)
+    return eager_step
 
 
 def eager(step):
@@ -613,7 +608,7 @@ def put_back(state, model, optimizer, scaler):
 
 
 def changing_state(model):
-    """{name: tensor} of what its seed doesn't give: what trains, and the buffers."""
+    """{name: tensor} of what trains and of the buffers; a seed gives the other tensors."""
     state = dict(model.state_dict())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -718,7 +713,7 @@ def read_record(path):
     try:
         record = json.loads(path.read_bytes())
         update_format(record)
-        require_known_options(record["options"])
+        record["options"] = complete_options(record["options"])
         for name in ("parameters", "test_accuracy", "seconds", "starts", "epochs"):
             require(name in record, f"it has no {name}")
     except (ValueError, KeyError, TypeError) as error:
@@ -740,7 +735,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         update_format(checkpoint)
         require(checkpoint.get("format") == FORMAT, f"this code reads format {FORMAT}")
-        require_known_options(checkpoint["options"])
+        checkpoint["options"] = complete_options(checkpoint["options"])
         model = network_of(checkpoint["options"])
         drawn = fingerprint(frozen_parameters(model))
         tolerance = 1e-9 * drawn[0]   # machines round differently, see `orthogonal`
@@ -765,15 +760,22 @@ def update_format(content):
     content["options"]["amp"] = "auto"   # format 3 had the resolved one alone
     if "optimizer" in content:   # a checkpoint
         content["format"] = FORMAT
-        content["model"] = dict(content["model"])   # without metadata, by which counters are missed
+        # Without a version, so that BatchNorm accepts that its counter is missing.
+        content["model"] = dict(content["model"])
         states = content.pop("optimizer")["state"].values()
         content["momentum"] = [state["momentum_buffer"] for state in states]
 
 
-def require_known_options(options):
-    """Raise ValueError unless these are exactly the options of RECIPE."""
-    differing = sorted(set(options) ^ set(RECIPE))
-    require(not differing, f"unknown or missing options: {', '.join(differing)}")
+def complete_options(options):
+    """The options of a file. Those that are newer than the file have RECIPE's values.
+
+    Raises ValueError if an option is unknown, or if one is missing that every file has.
+    """
+    unknown = sorted(set(options) - set(RECIPE))
+    missing = sorted({"arch", "train", "seed"} - set(options))
+    require(not unknown, f"unknown options: {', '.join(unknown)}")
+    require(not missing, f"missing options: {', '.join(missing)}")
+    return {**RECIPE, **options}
 
 
 def require(condition, text):
@@ -806,6 +808,10 @@ def name_of(options):
         words.append(options["amp"])
     words.append(f"s{options['seed']}")
     return "-".join(words)
+
+
+def default_out(args):
+    return pathlib.Path("runs", name_of(vars(args)) + ".pt")
 
 
 def command(options):
@@ -865,7 +871,7 @@ def name_is_taken(args):
         return UserError(f"{record_path(args.out)} exists without its checkpoint: "
                          "choose another --out, or delete it", 2)
     words = command(vars(args)) + " --resume"
-    if args.out.stem != name_of(vars(args)):
+    if args.out != default_out(args):
         words += f" --out {shlex.quote(str(args.out))}"
     return UserError(f"{args.out} exists: continue it by `{words}`, or choose another --out", 2)
 
@@ -1054,7 +1060,7 @@ def make_parser():
                             help=f"{help} (default: %(default)s)", **kind)
 
     add("arch", "resnet<depth> or wrn<depth>-<width>, depth = 6n + 2", metavar="NAME")
-    # Without defaults here, because argparse does not notice both if the first has its default.
+    # Without default=, because argparse accepts `--train all --bn-only` if "all" is the default.
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--train", metavar="GROUPS",
                        help=f"what trains: random, or some of {', '.join(GROUPS)} joined by + "
@@ -1093,10 +1099,10 @@ def parse_command_line():
         parse_arch(args.arch)
         args.train = parse_train(RECIPE["train"] if args.train is None else args.train)
         require(0 <= args.seed < 2 ** 32, "argument --seed: not in 0 to 2^32 - 1")
-        require(args.weight_decay >= 0, "argument --weight-decay: negative")
+        require(args.weight_decay >= 0, "argument --weight-decay: not a number from 0 on")
         for name in ("epochs", "batch_size", "lr"):
             require(getattr(args, name) > 0, f"argument --{name.replace('_', '-')}: not positive")
-        args.out = pathlib.Path(args.out or f"runs/{name_of(vars(args))}.pt")
+        args.out = pathlib.Path(args.out or default_out(args))
         require(args.out.suffix == ".pt", f"argument --out: {args.out} does not end in .pt")
     except ValueError as error:   # of which argparse would hide the text
         parser.error(str(error))
