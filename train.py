@@ -303,7 +303,7 @@ def evaluate(model, images, labels, precision):
 def train_epochs(model, optimizer, scaler, rng, run, data, args):
     """The epochs that a run lacks: train, evaluate, save, print.
 
-    rng: the generator of the order and augmentation of the images; run: see `new_run`;
+    rng: the generator of the order and augmentation of the images; run: see `begin_run`;
     data: see `load_data`. Raises UserError if the training diverges.
     """
     train_split, test_split = data
@@ -637,8 +637,8 @@ def save(path, run, model, optimizer, scaler, rng):
 
 
 def checkpoint_bytes(run, model, optimizer, scaler, rng):
-    """What a checkpoint holds, as the bytes of the file: the run (see `new_run`), but for its
-    counts, and the state of the training."""
+    """What a checkpoint holds, as the bytes of the file: a run, see `begin_run`, but for its
+    counts, and the state of its training."""
     state = training_state(model, optimizer, scaler)
     buffer = io.BytesIO()
     torch.save({
@@ -713,10 +713,10 @@ def read_record(path):
     try:
         record = json.loads(path.read_bytes())
         update_format(record)
-        record["options"] = complete_options(record["options"])
-        for name in ("parameters", "test_accuracy", "seconds", "starts", "epochs"):
+        for name in ("options", "parameters", "test_accuracy", "seconds", "starts", "epochs"):
             require(name in record, f"it has no {name}")
-    except (ValueError, KeyError, TypeError) as error:
+        record["options"] = complete_options(record["options"])
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a record of train.py ({one_line(error)})") from None
     return record
 
