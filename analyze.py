@@ -489,7 +489,7 @@ def draw_networks(ax, runs, published, train, archs):
         last = papers[-1] if (arch, train) in published else means[-1]
         annotate(ax, arch, last, color, "left" if is_wide(arch) else "right")
     if points:
-        ax.plot(*zip(*points), "o", color=color, label=label)
+        ax.plot(*zip(*points), "o", color=color, label=f"{label}, here")
         ax.plot(*zip(*means), "-", color=color)
     if papers:
         ax.plot(*zip(*papers), "o:", mfc="none", color=color, label=f"{label}, paper")

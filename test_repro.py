@@ -796,20 +796,25 @@ def test_trained_counts(mode, count):
 
 
 class OthersBlock(nn.Module):
-    """Layers as other networks have them: a convolution with a bias, GroupNorm, a parameter."""
+    """Parameters as other networks have them: biases, embeddings, those of no layer."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
         self.norm = nn.GroupNorm(2, 8)
-        self.scale = nn.Parameter(torch.ones(1))
+        self.embedding = nn.Embedding(5, 8)
+        self.token = nn.Parameter(torch.ones(1, 8))
 
 
-def test_all_is_every_parameter_of_any_network():
-    """Someone who changes the network has all of it trained by --train all."""
+def test_freeze_of_any_network():
+    """all is every parameter, bn the normalization's alone, and not-bn the others."""
     model = OthersBlock()
-    train.freeze(model, "all")
-    assert len(train.trained_parameters(model)) == len(list(model.parameters())) == 5
+    names = {name for name, _ in model.named_parameters()}
+    assert len(names) == 6
+    for group, expected in [("all", names), ("bn", {"norm.weight", "norm.bias"}),
+                            ("not-bn", names - {"norm.weight", "norm.bias"})]:
+        train.freeze(model, group)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
 
 
 def test_freeze_of_torchvisions_resnet18():

@@ -143,10 +143,13 @@ def in_conv(module, name):
 
 
 def in_bn(module, name):
-    """The normalization's own parameters, whichever it is; with batch, its gamma and beta."""
+    """The normalization's own parameters, whichever it is; with batch, its gamma and beta.
+
+    Any module whose own parameters are all vectors is taken for a normalization.
+    """
     if isinstance(module, WeightNormConv2d):
         return name.endswith((".gain", ".bias"))
-    return not isinstance(module, (nn.Conv2d, nn.Linear))
+    return all(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
 
 
 def in_not_bn(module, name):
@@ -211,7 +214,7 @@ def parameters_of(model, groups):
 def freeze(model, train):
     """Let only the parameters of some groups require gradients: `train` is names joined by +.
 
-    Works on any network; in one without a module called "shortcut", all convolutions are in conv.
+    Works on any network. In one without modules called "shortcut", conv is all convolutions.
     What stays live in a frozen BatchNorm: in training mode it normalizes by the statistics of the
     batch and moves its running statistics, in evaluation mode it normalizes by these.
     """
