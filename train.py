@@ -813,10 +813,6 @@ def name_of(options):
     return "-".join(words)
 
 
-def default_out(args):
-    return pathlib.Path("runs", name_of(vars(args)) + ".pt")
-
-
 def command(options):
     """The command line that makes a run of these options: what differs from RECIPE."""
     words = ["python", "train.py", "--arch", options["arch"]]
@@ -837,8 +833,14 @@ def begin_run(args):
     A run is a dict of "options", "precision" (a key of AMP_DTYPES), "fingerprint" (of the frozen
     weights), "parameters" (counts), and of the lists "starts" and "epochs", which grow.
     """
-    if args.out.exists() or record_path(args.out).exists():
-        raise name_is_taken(args)
+    record = record_path(args.out)
+    if args.out.exists():
+        same_command = shlex.join(["python"] + sys.argv)
+        raise UserError(f"{args.out} exists: continue it by `{same_command} --resume`, "
+                        "or choose another --out", 2)
+    if record.exists():
+        raise UserError(f"{record} exists without its checkpoint: choose another --out, "
+                        "or delete it", 2)
     options = {name: getattr(args, name) for name in RECIPE}
     model = network_of(options)
     run = {
@@ -866,17 +868,6 @@ def continue_run(args):
     run = {name: checkpoint[name] for name in names}
     run["parameters"] = count_parameters(model)
     return run, model, checkpoint
-
-
-def name_is_taken(args):
-    """The error that says so, with the command that continues the run."""
-    if not args.out.exists():
-        return UserError(f"{record_path(args.out)} exists without its checkpoint: "
-                         "choose another --out, or delete it", 2)
-    words = command(vars(args)) + " --resume"
-    if args.out != default_out(args):
-        words += f" --out {shlex.quote(str(args.out))}"
-    return UserError(f"{args.out} exists: continue it by `{words}`, or choose another --out", 2)
 
 
 def claim(path, content):
@@ -978,7 +969,7 @@ def fetch_batches(data_dir, folder):
             data_dir.rmdir()
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and can't be downloaded ({one_line(error)}): get "
-            f"{cifar10.url} elsewhere and put it there as {cifar10.filename}") from error
+            f"{cifar10.url} elsewhere and put it there, whole, as {cifar10.filename}") from error
 
 
 def import_cifar10():
@@ -1105,7 +1096,7 @@ def parse_command_line():
         require(args.weight_decay >= 0, "argument --weight-decay: not a number from 0 on")
         for name in ("epochs", "batch_size", "lr"):
             require(getattr(args, name) > 0, f"argument --{name.replace('_', '-')}: not positive")
-        args.out = pathlib.Path(args.out or default_out(args))
+        args.out = pathlib.Path(args.out or f"runs/{name_of(vars(args))}.pt")
         require(args.out.suffix == ".pt", f"argument --out: {args.out} does not end in .pt")
     except ValueError as error:   # of which argparse would hide the text
         parser.error(str(error))
