@@ -1937,7 +1937,8 @@ def test_output_in_a_file_is_complete_by_the_line(tiny, monkeypatch):
 
 def test_closed_output_ends_quietly_after_a_saved_epoch(tiny):
     """As in `train.py | head -n 1`: nothing is said, and --resume continues."""
-    process = subprocess.Popen([sys.executable, HERE / "train.py"] + TO_A,
+    words = TO_A + ["--batch-size", "500"]   # 20 steps an epoch
+    process = subprocess.Popen([sys.executable, HERE / "train.py"] + words,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "672 of 78,042 parameters" in process.stdout.readline()
     assert process.stdout.readline().startswith("about ")
