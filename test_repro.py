@@ -1236,7 +1236,7 @@ def test_what_fails_of_the_fast_path_is_left_out(memory, fresh_compiler, monkeyp
         step = train.make_step(model, optimizer, scaler, "off", 16, 7, args)
     assert everything_in_training(model, optimizer, scaler) == before
     assert capsys.readouterr().out == (
-        "compiled blocks fail here, continuing without them (no compiler)\n"
+        "CUDA graphs of compiled blocks fail here, continuing without them (no compiler)\n"
         "CUDA graphs fail here, continuing without them (no compiler)\n")
     _, other_step, _, _ = prepared("--bn-only")
     for _ in range(4):
@@ -1553,14 +1553,6 @@ def test_second_start_leaves_a_run_alone(tiny, monkeypatch, capsys):
     assert run_script(train, *words) == 0
 
 
-def test_a_demo_blocks_no_other_run(tiny):
-    """A run of other options has another name."""
-    assert run_script(train, *SMALL, "--bn-only", "--epochs", 1) == 0
-    assert run_script(train, *SMALL, "--bn-only", "--epochs", 2) == 0
-    assert run_script(train, *SMALL, "--bn-only", "--epochs", 2, "--amp", "off") == 0
-    assert len(list(pathlib.Path("runs").glob("*.pt"))) == 3
-
-
 def test_a_start_that_comes_second_by_a_moment_is_refused(tiny, monkeypatch, capsys):
     """Where the name was free when both looked. Nothing of the first run is changed."""
     load_data = train.load_data
@@ -1642,7 +1634,7 @@ def put(content, keys, value):
 
 
 @pytest.mark.parametrize("keys, value, says", [
-    (["format"], 2, "this code reads format 4"),
+    (["format"], 2, "this code reads formats 3 and 4"),
     (["x"], Code(), "Weights only load failed"),
     (["options", "x"], 1, "unknown options: x"),
     (["options", "arch"], "vgg16", "resnet<depth>"),
@@ -1911,7 +1903,7 @@ def test_a_start_tells_early_how_long_it_takes(tiny, monkeypatch, capsys):
     assert run_script(train, *TO_A, "--batch-size", 1) == 1
     assert run_script(train, *TO_A, "--batch-size", 1, "--resume") == 0
     lines = capsys.readouterr().out.splitlines()
-    estimate = re.compile(r"about \d+ s an epoch, \d\.\d minutes in all$")
+    estimate = re.compile(r"about \d+ s an epoch, \d\.\d minutes for \d epochs$")
     estimates = [line for line in lines if estimate.match(line)]
     assert len(estimates) == 2
     assert lines.index(estimates[0]) == 1
@@ -2214,12 +2206,6 @@ def test_other_normalizations_have_a_table_of_their_own(tiny, capsys):
     assert [row["what trains"] for row in tables["What trains"]] == ["all", "bn", "bn"]
 
 
-def test_tables_without_a_row_are_not_printed(tiny, capsys):
-    """Such as that of other normalizations, if all runs have BatchNorm."""
-    write_run("a.json", 40.0)
-    assert list(printed_tables(capsys)) == ["Depth", "Width", "What trains", "Runs"]
-
-
 def test_disabled_features_by_their_relu(tiny, capsys):
     """A mean over the runs that have the table, "-" for a kind of ReLU that none has."""
     write_run("a.json", 40.0, activations=relu_rows()[:2])
@@ -2381,34 +2367,15 @@ def test_figure_of_accuracy_has_runs_means_and_the_papers_values(figures, resnet
     assert np.allclose(papers[6], [64_736, (82.0 + 83.9) / 2])
 
 
-def test_figure_of_epochs_has_means_over_seeds(figures, resnet14_records):
-    """A point for each of the 160 epochs."""
-    curves = []
-    for record in resnet14_records:
-        curves.append([epoch["test_accuracy"] for epoch in record["epochs"]])
-    points = line_of(figures["epochs"], "only BatchNorm")
-    assert np.allclose(points[:, 0], np.arange(1, 161))
-    assert np.allclose(points[:, 1], np.mean(curves, axis=0))
-
-
-def test_figure_of_pruning_has_means_over_seeds(figures, resnet14_records):
-    """A point for each threshold."""
-    points = line_of(figures["pruning"], "only BatchNorm")
-    for column, name in enumerate(["pruned", "test_accuracy"]):
-        values = []
-        for record in resnet14_records:
-            values.append([row[name] for row in record["prune"]])
-        assert np.allclose(points[:, column], np.mean(values, axis=0))
-
-
 def test_figure_of_gamma_has_the_gammas_of_the_checkpoints(figures, resnet14_records):
     """Its bins add up to the recorded shares below 0.05, 0.1 and 0.2."""
     panel = figures["gamma"].axes[0]
     [bars] = [patch for patch in panel.patches if patch.get_label() == "only BatchNorm"]
     below = np.cumsum(bars.get_data().values)
-    recorded = line_of(figures["pruning"], "only BatchNorm")[:, 0]
     assert prune.THRESHOLDS[3:] == [0.05, 0.1, 0.2]
-    assert np.allclose([below[0], below[1], below[3]], recorded[4:])
+    for place, bin_below in [(4, below[0]), (5, below[1]), (6, below[3])]:
+        shares = [record["prune"][place]["pruned"] for record in resnet14_records]
+        assert bin_below == pytest.approx(np.mean(shares))
 
 
 def test_figures_of_any_network(tiny):

@@ -40,8 +40,9 @@ from models import (
     parse_arch,
 )
 
-# The options that make a run what it is, with the values of the paper. What differs from these is
-# in the name of a run's files, and in its row of every table.
+# The options that make a run what it is, with the defaults of OpenLTH, the authors' code, which we
+# take for the paper's. What differs from these is in the name of a run's files, and in its row of
+# every table.
 RECIPE = {
     "arch": "resnet14",
     "train": "all",
@@ -61,7 +62,7 @@ MOMENTUM = 0.9
 
 # --- data
 
-# ImageNet's channel statistics, as in OpenLTH, the authors' code.
+# ImageNet's channel statistics, as in OpenLTH.
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
 
@@ -199,7 +200,7 @@ GROUPS = {
 def parameters_of(model, groups):
     """The parameters of a model that belong to any of these groups, in the model's order.
 
-    The values of TwoWeightsConv2d belong to none, because its weight, in which they stand, does.
+    Those of TwoWeightsConv2d's `values` belong to none, because they are a part of its `weight`.
     """
     parameters = []
     for path, module in model.named_modules():
@@ -293,7 +294,7 @@ def evaluate(model, images, labels, precision):
     model.eval()
     size = 125   # fits the caches of a CPU
     if images.is_cuda:
-        # As large as a GPU has memory for: a batch of 1,000 in resnet14 takes as much as a step.
+        # 1,000 images of resnet14 take as much memory as a step.
         size = max(125, 16_000 // model.conv.out_channels)
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
@@ -366,13 +367,13 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
 
 
 def print_estimate(seconds, epochs, device):
-    """How long a start will take, from the seconds of an epoch, without evaluation."""
+    """How long the epochs of a start will take, from the seconds of one, without evaluation."""
     minutes = seconds * epochs / 60
     in_all = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
     memory = ""
     if device.type == "cuda":
         memory = f", {torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
-    print(f"about {seconds:.0f} s an epoch, {in_all} in all{memory}", flush=True)
+    print(f"about {seconds:.0f} s an epoch, {in_all} for {epochs} epochs{memory}", flush=True)
 
 
 def print_epoch(done, epochs):
@@ -521,7 +522,8 @@ def make_fast(step, model, size, last_size):
         if isinstance(module, Block):
             module.compile(dynamic=False)   # at most five kinds, whatever the depth
     eager_step = eager(step)
-    for part, attempt in [("compiled blocks", step), ("CUDA graphs", eager_step)]:
+    for part, attempt in [("CUDA graphs of compiled blocks", step),
+                          ("CUDA graphs", eager_step)]:
         try:
             return capture_all(attempt, size, last_size)
         except Exception as error:   # whatever compilers and drivers raise
@@ -640,8 +642,7 @@ def save(path, run, model, optimizer, scaler, rng):
 
 
 def checkpoint_bytes(run, model, optimizer, scaler, rng):
-    """What a checkpoint holds, as the bytes of the file: a run, see `begin_run`, but for its
-    counts, and the state of its training."""
+    """A checkpoint as the bytes of its file: a run, see `begin_run`, and the state of training."""
     state = training_state(model, optimizer, scaler)
     buffer = io.BytesIO()
     torch.save({
@@ -716,10 +717,11 @@ def read_record(path):
     try:
         record = json.loads(path.read_bytes())
         update_format(record)
-        for name in ("options", "parameters", "test_accuracy", "seconds", "starts", "epochs"):
+        for name in ("options", "precision", "parameters", "test_accuracy", "seconds", "starts",
+                     "epochs"):
             require(name in record, f"it has no {name}")
         record["options"] = complete_options(record["options"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of train.py ({one_line(error)})") from None
     return record
 
@@ -737,7 +739,7 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         update_format(checkpoint)
-        require(checkpoint.get("format") == FORMAT, f"this code reads format {FORMAT}")
+        require(checkpoint.get("format") == FORMAT, "this code reads formats 3 and 4")
         checkpoint["options"] = complete_options(checkpoint["options"])
         model = network_of(checkpoint["options"])
         drawn = fingerprint(frozen_parameters(model))
@@ -778,6 +780,7 @@ def complete_options(options):
     missing = sorted({"arch", "train", "seed"} - set(options))
     require(not unknown, f"unknown options: {', '.join(unknown)}")
     require(not missing, f"missing options: {', '.join(missing)}")
+    parse_arch(options["arch"])
     return {**RECIPE, **options}
 
 
@@ -951,6 +954,7 @@ def fetch_batches(data_dir, folder):
     """
     cifar10 = import_cifar10()
     from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+    is_new = not data_dir.exists()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
@@ -965,7 +969,7 @@ def fetch_batches(data_dir, folder):
     except (OSError, RuntimeError) as error:
         if folder.exists():   # another process was faster, and os.rename has failed
             return
-        if data_dir.exists() and not any(data_dir.iterdir()):
+        if is_new and data_dir.exists():
             data_dir.rmdir()
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and can't be downloaded ({one_line(error)}): get "
@@ -1104,7 +1108,7 @@ def parse_command_line():
         raise UserError("torchrun is not for this: a process trains one network, see README.md", 2)
     args.device = choose_device(args.device)
     if args.device.type == "mps":
-        # channels_last gives wrong gradients there (pytorch#175189); evaluation needs none.
+        # channels_last gives wrong gradients there (pytorch#175189).
         args.plain = True
     return args
 
