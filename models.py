@@ -162,7 +162,9 @@ def initialize(model, seed, bn_init, weight_init):
     (NEP 19): a name and a seed mean the same features on every machine and in every version.
     """
     rng = np.random.RandomState(seed)
-    affine = {name: (gamma, beta) for name, gamma, beta in gammas_and_betas(model)}
+    affine = {}
+    for name, gamma, beta in gammas_and_betas(model):
+        affine[name] = (gamma, beta)
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.weight
@@ -170,7 +172,8 @@ def initialize(model, seed, bn_init, weight_init):
             std = math.sqrt(2 / weight[0].numel())
             weight.copy_(torch.from_numpy(WEIGHT_INITS[weight_init](z, std)))
         if isinstance(module, nn.Linear):
-            bias = rng.uniform(-1, 1, len(module.bias)) / math.sqrt(module.in_features)
+            draws = rng.uniform(-1, 1, len(module.bias))
+            bias = draws / math.sqrt(module.in_features)
             module.bias.copy_(torch.from_numpy(bias))
         if name in affine:
             gamma, beta = affine[name]
@@ -215,11 +218,12 @@ def kaiming_normal(z, std):
 
 def kaiming_uniform(z, std):
     """U(-b, b), b = sqrt(3) std: erf maps N(0, 1) to U(-1, 1)."""
-    return math.sqrt(3) * std * torch.erf(torch.from_numpy(z) / math.sqrt(2)).numpy()
+    uniform_draws = torch.erf(torch.from_numpy(z) / math.sqrt(2))
+    return math.sqrt(3) * std * uniform_draws.numpy()
 
 
 def orthogonal(z, std):
-    """Orthonormal rows, or columns if there are more rows. As nn.init.orthogonal_, without std."""
+    """Orthonormal rows, or columns if there are more rows, as nn.init.orthogonal_ (no std)."""
     rows = z.reshape(len(z), -1)
     wide = rows.shape[0] < rows.shape[1]
     q, r = np.linalg.qr(rows.T if wide else rows)
@@ -246,7 +250,7 @@ def fingerprint(tensors):
     magnitude, moment = 0.0, 0.0
     for tensor in tensors:
         w = tensor.cpu().double().flatten()
-        position = torch.linspace(0, 1, len(w), dtype=torch.float64, device="cpu")
+        position = torch.linspace(0, 1, len(w), dtype=torch.float64)
         magnitude += w.abs().sum().item()
         moment += torch.dot(w, position).item()
     return [magnitude, moment]
