@@ -70,7 +70,7 @@ def read_results(folder):
             if done < epochs:
                 raise UserError(f"{file} is not finished ({done} of {epochs} epochs)")
             records.append(record)
-        except UserError as error:
+        except (UserError, OSError) as error:
             left_out.append(str(error))
     records.sort(key=record_order)
     runs = {}
@@ -427,6 +427,9 @@ def draw(runs, published, folder):
         file = folder / f"{name}.svg"
         figure.savefig(file, transparent=True, metadata={"Date": None})
         print(f"wrote {file}")
+    others = sorted({train for _, train in runs} - set(LOOKS))
+    if others:
+        print(f"only in the tables: {'; '.join(others)}")
     return figures
 
 
@@ -504,7 +507,8 @@ def published_number(text):
 
 def draw_gamma(runs):
     """The distribution of |gamma| up to 1.55, a panel for each network."""
-    archs = networks_of(runs, {}, "bn") or networks_of(runs, {}, "all")
+    archs = networks_of(runs, {}, "bn")
+    archs += [arch for arch in networks_of(runs, {}, "all") if arch not in archs]
     figure, axes = new_figure("|gamma|", "gammas in a bin of 0.05 (%)", max(1, len(archs)))
     edges = np.arange(32) / 20
     for arch, ax in zip(archs, axes):
@@ -598,8 +602,8 @@ def main():
         raise UserError(f"no record of a finished run in {args.results}")
     if args.plot:
         draw(runs, read_published(), args.results / "figures")
-        return
-    print_tables(runs, read_published())
+    else:
+        print_tables(runs, read_published())
     for line in left_out:
         print(f"\nLeft out: {line}")
 

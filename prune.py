@@ -97,7 +97,7 @@ def print_rows(path, checkpoint, rows):
     for row in rows:
         threshold = f"{row['threshold']:g}" if row["threshold"] > 0 else "unpruned"
         print(f"{threshold:>11}{row['pruned']:14.2f} %{row['test_accuracy']:14.2f} %"
-              f"{row['change']:+9.2f}")
+              f"{row['change']:+9.2f}", flush=True)
 
 
 def main():

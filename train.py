@@ -317,6 +317,7 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
     n = len(padded)
     size = min(args.batch_size, n)
     last_size = n % size or size   # the last batch of an epoch is smaller, see OpenLTH
+    steps = math.ceil(n / size)
     step = make_step(model, optimizer, scaler, run["precision"], size, last_size, args)
 
     first_epoch = len(run["epochs"])
@@ -336,9 +337,9 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
             loss, correct = step(images, labels)
             losses.append(loss * len(labels))
             total_correct += correct
-            if epoch == first_epoch and len(losses) == 20:
+            if epoch == first_epoch and len(losses) == min(20, steps):
                 loss.item()   # waits for the device
-                seconds = (time.perf_counter() - start_time) / 20 * math.ceil(n / size)
+                seconds = (time.perf_counter() - start_time) / len(losses) * steps
                 print_estimate(seconds, args.epochs - epoch, args.device)
             if sys.stdout.isatty() and len(losses) % 10 == 1:
                 print(f"{epoch + 1:3}/{args.epochs}  image {begin:6,} of {n:,}", end="\r",
@@ -392,15 +393,17 @@ def print_epoch(done, epochs):
 def train_two_weights_per_channel(model, seed):
     """Let two random weights per output channel of each convolution train, and nothing else.
 
-    Replaces the convolutions. Raises UserError if a replacement can't do what the convolution does.
+    Replaces the convolutions. Raises UserError for one whose replacement would compute otherwise.
     """
     model.requires_grad_(False)
     rng = np.random.RandomState([seed, 2])   # a stream of its own
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d):
-            if module.bias is not None or module.groups > 1 or module.dilation != (1, 1):
-                raise UserError(f"--train random needs convolutions without bias, groups and "
-                                f"dilation, unlike {name}", 2)
+            is_plain = (type(module) is nn.Conv2d and module.bias is None and module.groups == 1
+                        and module.dilation == (1, 1) and module.padding_mode == "zeros")
+            if not is_plain:
+                raise UserError(f"--train random needs plain convolutions without a bias, unlike "
+                                f"{name}", 2)
             model.set_submodule(name, TwoWeightsConv2d(module, rng))
 
 
@@ -931,7 +934,7 @@ def load_cifar10(data_dir):
     """
     cifar10 = import_cifar10()
     folder = data_dir
-    if not (folder / "data_batch_1").exists():
+    if not any(folder.glob("data_batch_*")):
         folder = data_dir / cifar10.base_folder
     if not folder.exists():
         fetch_batches(data_dir, folder)
@@ -950,18 +953,21 @@ def load_cifar10(data_dir):
 def fetch_batches(data_dir, folder):
     """Unpack CIFAR-10's archive, which is downloaded unless it is in data_dir, into a new folder.
 
-    The folder appears as a whole, so that any number of processes may do it at once.
+    The folder appears as a whole, so that any number of processes may do it at once. Raises
+    UserError if the archive in data_dir is another one, or if there can be no download.
     """
     cifar10 = import_cifar10()
     from torchvision.datasets.utils import check_integrity, download_and_extract_archive
     is_new = not data_dir.exists()
+    archive = data_dir / cifar10.filename
+    if archive.exists() and not check_integrity(archive, cifar10.tgz_md5):
+        raise UserError(f"{archive} is broken or not CIFAR-10's: replace it, or move it away")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
-            source = temporary
-            if check_integrity(data_dir / cifar10.filename, cifar10.tgz_md5):
-                source = data_dir
-            else:
+            source = data_dir
+            if not archive.exists():
+                source = temporary
                 print(f"downloading CIFAR-10 (170 MB) from {cifar10.url}", flush=True)
             download_and_extract_archive(cifar10.url, source, temporary, cifar10.filename,
                                          cifar10.tgz_md5)
@@ -969,7 +975,7 @@ def fetch_batches(data_dir, folder):
     except (OSError, RuntimeError) as error:
         if folder.exists():   # another process was faster, and os.rename has failed
             return
-        if is_new and data_dir.exists():
+        if is_new and data_dir.exists() and not any(data_dir.iterdir()):
             data_dir.rmdir()
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and can't be downloaded ({one_line(error)}): get "
@@ -1127,7 +1133,7 @@ class UserError(Exception):
 def run_cli(main, on_interrupt="stopped"):
     """Call main(), with errors that users meet as one line on stderr and an exit status."""
     try:
-        require_torch()
+        refuse_old_torch()
         main()
         sys.stdout.flush()   # so that a closed pipe is met here
     except UserError as error:
@@ -1165,7 +1171,7 @@ def is_out_of_memory(error):
             or any(text in str(error) for text in texts))
 
 
-def require_torch():
+def refuse_old_torch():
     if torch.__version__ < "2.10":
         raise UserError(f"torch {torch.__version__} is too old: pip install -r requirements.txt", 2)
 
