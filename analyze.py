@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from models import ResNet, gammas_and_betas, parse_arch
-from prune import THRESHOLDS, add_to_record, gammas, load_for_test
+from prune import THRESHOLDS, add_to_record, gammas, load_test_data
 from train import (
     UserError,
     add_device_arguments,
@@ -210,18 +210,21 @@ def print_what_trains(runs, published):
 
     Rows that only the paper has are added for networks of which we trained more than bn and all.
     """
-    keys = [key for key, records in runs.items() if records[0]["options"]["norm"] == "batch"]
-    archs = {arch for arch, label in keys if label not in ("bn", "all")}
-    for arch, train in published:
-        if arch in archs and train not in ("bn", "all") and (arch, train) not in keys:
-            keys.append((arch, train))
-    rows = []
-    for arch, label in sorted(keys, key=lambda key: (parse_arch(key[0]), key[1])):
-        records = runs.get((arch, label), [])
-        counts = records[0]["parameters"] if records else counts_of(arch, label)
-        theirs = published.get((arch, label), NOT_PUBLISHED)
-        ours = mean_and_std(accuracies(records))
-        rows.append([arch, label, f"{counts['trained']:,}", ours, theirs["paper"]])
+    rows = {}   # by network and label
+    archs = set()
+    for (arch, label), records in runs.items():
+        if records[0]["options"]["norm"] == "batch":
+            theirs = published.get((arch, label), NOT_PUBLISHED)
+            trained = records[0]["parameters"]["trained"]
+            ours = mean_and_std(accuracies(records))
+            rows[parse_arch(arch), label] = [arch, label, f"{trained:,}", ours, theirs["paper"]]
+            if label not in ("bn", "all"):
+                archs.add(arch)
+    for (arch, train), theirs in published.items():
+        if arch in archs and train not in ("bn", "all") and (arch, train) not in runs:
+            trained = counts_of(arch, train)["trained"]
+            rows[parse_arch(arch), train] = [arch, train, f"{trained:,}", "-", theirs["paper"]]
+    rows = [rows[key] for key in sorted(rows)]
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
 
@@ -318,7 +321,7 @@ def print_network(path, args):
     print_histogram("Distribution of gamma", gammas(model).numpy())
     print_histogram("Distribution of beta", torch.cat(betas).numpy())
     if args.activations:
-        print_activations(path, args)
+        print_activations(path, model, checkpoint, args)
 
 
 def print_histogram(title, values):
@@ -334,11 +337,11 @@ def print_histogram(title, values):
     print(f"beyond{beyond:6.2f} %\n```")
 
 
-def print_activations(path, args):
+def print_activations(path, model, checkpoint, args):
     """Measure how often the ReLUs fire, print it, and add it to the record of the run."""
     device = choose_device(args.device)
-    model, checkpoint, images, labels = load_for_test(path, device, args.data_dir)
-    table = relu_table(model, images, labels)
+    images, labels = load_test_data(checkpoint, args.data_dir, device)
+    table = relu_table(model.to(device), images, labels)
     rows = []
     for row in table:
         percentages = [f"{row['fires']:.2f}", f"{row['disabled']:.2f}"]

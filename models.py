@@ -261,7 +261,7 @@ def fingerprint(tensors):
 
 class ContiguousGroupNorm(nn.GroupNorm):
     """nn.GroupNorm in the default layout: the CPU kernel of torch 2.13 for channels_last is slow,
-    and crashes in the stem."""
+    and crashes after the first convolution."""
 
     def forward(self, x):
         return super().forward(x.contiguous())

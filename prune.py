@@ -3,8 +3,8 @@
     python prune.py results/resnet14-bn-s0.pt
     python prune.py runs/resnet110-bn-s0.pt --thresholds 0.05
 
-Prints a table per checkpoint; its first row is the network as it is. With the default thresholds,
-the table is added to the record of the run, the .json beside it, if the record has none.
+Prints a table for each checkpoint. Its first row is the network as it is. The table of the default
+thresholds is added to the record beside the checkpoint, the .json, if that has none.
 """
 import argparse
 import os
@@ -66,13 +66,11 @@ def prune_table(model, images, labels, thresholds):
     return rows
 
 
-def load_for_test(path, device, data_dir):
-    """The network of a checkpoint on a device, the checkpoint, and the test images and labels."""
-    model, checkpoint = load_checkpoint(path)
-    model.to(device)
+def load_test_data(checkpoint, data_dir, device):
+    """The test images and labels of the dataset that a network was trained on, on a device."""
     options = checkpoint["options"]
     _, (images, labels) = load_data(options["dataset"], data_dir, options["seed"])
-    return model, checkpoint, images.to(device), labels.to(device)
+    return images.to(device), labels.to(device)
 
 
 def add_to_record(checkpoint_path, checkpoint, name, table):
@@ -114,8 +112,9 @@ def main():
     device = choose_device(args.device)
     set_full_fp32()
     for path in args.checkpoints:
-        model, checkpoint, images, labels = load_for_test(path, device, args.data_dir)
-        rows = prune_table(model, images, labels, args.thresholds)
+        model, checkpoint = load_checkpoint(path)
+        images, labels = load_test_data(checkpoint, args.data_dir, device)
+        rows = prune_table(model.to(device), images, labels, args.thresholds)
         print_rows(path, checkpoint, rows)
         if args.thresholds == THRESHOLDS:
             add_to_record(path, checkpoint, "prune", rows)

@@ -1378,6 +1378,38 @@ def test_resume_is_bit_for_bit(run, tiny, monkeypatch):
     assert content_of("a.pt") == content_of("whole.pt")
 
 
+def test_a_run_of_format_3_goes_on(tiny, monkeypatch):
+    """Its checkpoint and record, as earlier code wrote them, end as those of an unbroken run."""
+    assert run_script(train, *TO_A) == 0
+    whole = content_of("a.pt")
+    pathlib.Path("a.pt").unlink()
+    pathlib.Path("a.json").unlink()
+    call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
+    assert run_script(train, *TO_A) == 1
+    checkpoint = torch.load("a.pt", weights_only=True)
+    record = json.loads(pathlib.Path("a.json").read_text())
+    for content in (checkpoint, record):
+        content["sessions"] = content.pop("starts")
+        content["options"]["amp"] = content.pop("precision")
+    checkpoint["format"] = 3
+    momentum = checkpoint.pop("momentum")
+    states = {i: {"momentum_buffer": buffer} for i, buffer in enumerate(momentum)}
+    checkpoint["optimizer"] = {"state": states}
+    for name in list(checkpoint["model"]):
+        if name.endswith("num_batches_tracked"):
+            del checkpoint["model"][name]
+    torch.save(checkpoint, "a.pt")
+    pathlib.Path("a.json").write_text(json.dumps(record))
+    assert train.read_record(pathlib.Path("a.json"))["precision"] == "off"
+    assert run_script(train, *TO_A, "--resume") == 0
+    counters = [name for name in whole["model"] if name.endswith("num_batches_tracked")]
+    resumed = content_of("a.pt")
+    for content in (whole, resumed):
+        for name in counters:
+            del content["model"][name]
+    assert resumed == whole
+
+
 def test_record_lists_starts(tiny, monkeypatch):
     """Each with its first epoch, machine, code, and --plain, which may change."""
     call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
@@ -1446,51 +1478,7 @@ def test_checkpoint_of_all_parameters_is_a_whole_state_dict(words, tiny):
     assert torch.equal(model(x), loaded(x))
 
 
-def test_bn_only_resnet866_checkpoint_is_small(tmp_path):
-    """After 160 epochs, its momentum included, it takes less than 2.6 MB. The network takes 56."""
-    args = arguments("--arch", "resnet866", "--bn-only", "--out", tmp_path / "a.pt")
-    run, model = train.begin_run(args)
-    optimizer = train.make_optimizer(model, args)
-    for parameter in train.trained_parameters(model):
-        optimizer.state[parameter]["momentum_buffer"].normal_()
-    figures = ["train_loss", "train_accuracy", "test_accuracy", "seconds", "images_per_second"]
-    epoch = dict.fromkeys(figures, 1 / 3)
-    run["epochs"] = [dict(epoch, epoch=number) for number in range(1, 161)]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    train.save(args.out, run, model, optimizer, scaler, torch.Generator())
-    assert args.out.stat().st_size < 2_600_000
-
-
-def test_load_checkpoint_gives_the_recorded_network(checkpoint, tiny):
-    """Ready to evaluate, from a path or a string, with the accuracy of the last epoch."""
-    model, content = train.load_checkpoint(checkpoint)
-    other, _ = train.load_checkpoint(str(checkpoint))
-    test_images, test_labels = tiny[1]
-    x = train.normalize(test_images)
-    assert torch.equal(model(x), model(x))   # running statistics stay
-    assert torch.equal(model(x), other(x))
-    accuracy = functional_accuracy(model, test_images, test_labels)
-    assert content["epochs"][2]["test_accuracy"] == pytest.approx(accuracy)
-
-
 # --- writing
-
-
-def test_files_are_whole_at_every_step(tiny, monkeypatch):
-    """The checkpoint can be loaded, and checkpoint and record have the epochs that are done."""
-    seen = []
-    step = train.train_step
-
-    def watched_step(*args):
-        seen.append(len(epochs_of("a.pt")))
-        if seen[-1] > 0:
-            assert train.read_record(pathlib.Path("a.json"))["epochs"] == epochs_of("a.pt")
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", watched_step)
-    assert run_script(train, *TO_A) == 0
-    assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert set(files_here()) == {"a.pt", "a.json"}
 
 
 def fail_at_write(monkeypatch, call, number):
@@ -1775,15 +1763,6 @@ def test_prune_table_of_known_gammas():
         assert row["test_accuracy"] == pytest.approx(accuracy)
         assert row["change"] == pytest.approx(accuracy - unpruned)
     assert rows[0]["test_accuracy"] != rows[4]["test_accuracy"]
-
-
-def test_pruning_changes_gammas_alone():
-    """Beta stays, and so does everything else."""
-    model = known_gammas()
-    prune.zero_gammas(model, 0.0625)
-    assert as_bytes(model.state_dict()) == as_bytes(known_gammas(0.0625).state_dict())
-    prune.zero_gammas(model, 1.0)
-    assert as_bytes(model.state_dict()) == as_bytes(known_gammas(1.0).state_dict())
 
 
 def test_prune_adds_its_table_to_the_record(checkpoint, capsys):

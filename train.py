@@ -4,8 +4,9 @@
     python train.py --arch resnet8 --bn-only --dataset synthetic --epochs 2     # a demo
 
 Every epoch writes the checkpoint (--out x.pt), from which --resume continues, and the record of the
-run (x.json), which prune.py and analyze.py read. The method is the first part of this file, up to
-"two random weights per channel"; then come the fast path for GPUs, files, and the command line.
+run (x.json), which prune.py and analyze.py read. The method is the first part of this file, with
+"two random weights per channel" as its end; then come the fast path for GPUs, files, and the
+command line.
 """
 import argparse
 import copy
@@ -104,7 +105,7 @@ def augment(padded, index, offset, flip):
     pixel = torch.arange(32, device=padded.device)
     from_left = torch.where(flip[:, None], 31 - pixel, pixel)         # (B, 32)
     columns = offset[:, 1:] + from_left                               # (B, 32)
-    # All rows of all images are counted through, and then all pixels.
+    # The rows of all images are numbered consecutively, and so are the pixels.
     rows = index[:, None] * 40 + offset[:, :1] + pixel                # (B, 32)
     pixels = rows[:, :, None] * 40 + columns[:, None, :]              # (B, 32, 32)
     gathered = padded.view(-1, 3).index_select(0, pixels.flatten())   # (B * 32 * 32, 3)
@@ -267,7 +268,7 @@ def train_step(model, optimizer, scaler, precision, images, labels):
     with torch.autocast(images.device.type, AMP_DTYPES[precision], enabled=precision != "off"):
         logits = model(images)
     if precision != "off":
-        logits = logits.float()   # the loss is not for half precision
+        logits = logits.float()   # the loss is computed in fp32
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -370,11 +371,11 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
 def print_estimate(seconds, epochs, device):
     """How long the epochs of a start will take, from the seconds of one, without evaluation."""
     minutes = seconds * epochs / 60
-    in_all = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
+    duration = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
     memory = ""
     if device.type == "cuda":
         memory = f", {torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
-    print(f"about {seconds:.0f} s an epoch, {in_all} for {epochs} epochs{memory}", flush=True)
+    print(f"about {seconds:.0f} s an epoch, {duration} for {epochs} epochs{memory}", flush=True)
 
 
 def print_epoch(done, epochs):
@@ -811,7 +812,7 @@ def variant(options):
 
 
 def name_of(options):
-    """The name of a run's files, such as resnet14-bn-s0: all options that differ from RECIPE."""
+    """The name of a run's files, such as resnet14-bn-s0: arch, what else differs, and the seed."""
     words = [options["arch"]] + variant(options)
     if options["amp"] != RECIPE["amp"]:
         words.append(options["amp"])
