@@ -42,8 +42,8 @@ from models import (
 )
 
 # The options that make a run what it is, with the defaults of OpenLTH, the authors' code, which we
-# take for the paper's. What differs from these is in the name of a run's files, and in its row of
-# every table.
+# take for the paper's. What differs from these is in the name of a run's files, and, but for seed
+# and amp, in its row of every table.
 RECIPE = {
     "arch": "resnet14",
     "train": "all",
