@@ -1,8 +1,8 @@
-"""Print the results of all runs, draw them, or look into the BatchNorm of a trained network.
+"""Print the results of all runs, draw them, or count the disabled features of a trained network.
 
-    python analyze.py > results/README.md     # tables, from the records (*.json) in results/
-    python analyze.py --plot                  # figures, into results/figures/
-    python analyze.py results/resnet14-bn-s0.pt --activations     # gamma, beta, ReLUs of a network
+    python analyze.py > results/README.md          # tables, from the records (*.json) in results/
+    python analyze.py --plot                       # figures, into results/figures/
+    python analyze.py results/resnet14-bn-s0.pt    # how often the ReLUs of a network fire
 """
 import argparse
 import csv
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models import ResNet, gammas_and_betas, parse_arch
+from models import ResNet, parse_arch
 from prune import THRESHOLDS, add_to_record, gammas, load_test_data
 from train import (
     UserError,
@@ -151,17 +151,17 @@ def print_table(title, alignment, header, rows):
     if not rows:
         return
     widths = []
+    for column in zip(header, *rows):
+        widths.append(max(3, max(len(cell) for cell in column)))
     rule = []
-    for letter, *cells in zip(alignment, header, *rows, strict=True):
-        width = max(3, *[len(cell) for cell in cells])
-        widths.append(width)
+    for letter, width in zip(alignment, widths, strict=True):
         rule.append("-" * (width - 1) + (":" if letter == "r" else "-"))
     print(f"\n## {title}\n")
     for row in [header, rule] + rows:
-        padded = []
+        cells = []
         for letter, cell, width in zip(alignment, row, widths):
-            padded.append(cell.rjust(width) if letter == "r" else cell.ljust(width))
-        print(f"| {' | '.join(padded)} |")
+            cells.append(cell.rjust(width) if letter == "r" else cell.ljust(width))
+        print(f"| {' | '.join(cells)} |")
 
 
 def mean_and_std(values):
@@ -313,39 +313,18 @@ def short_commit(commit):
 
 # --- one network
 
-def print_network(path, args):
-    """Print gamma and beta of a checkpoint and, with --activations, how often its ReLUs fire."""
+
+def print_activations(path, args):
+    """Measure how often the ReLUs of a network fire, print it, and add it to the run's record."""
     model, checkpoint = load_checkpoint(path)
-    print(f"# {path}\n\nmade by `{command(checkpoint['options'])}`")
-    betas = [beta.detach() for _, _, beta in gammas_and_betas(model)]
-    print_histogram("Distribution of gamma", gammas(model).numpy())
-    print_histogram("Distribution of beta", torch.cat(betas).numpy())
-    if args.activations:
-        print_activations(path, model, checkpoint, args)
-
-
-def print_histogram(title, values):
-    """A line for each bin of 0.05; the middle one is centred at 0, so that a spike there shows."""
-    edges = np.arange(-41, 42, 2) / 40
-    counts, _ = np.histogram(values, edges)
-    print(f"\n## {title}\n\n```")
-    for edge, count in zip(edges, counts):
-        share = 100 * count / len(values)
-        center = edge + 0.025
-        print(f"{center:+.2f} {share:6.2f} % {'#' * round(share)}".rstrip())
-    beyond = 100 - 100 * counts.sum() / len(values)
-    print(f"beyond{beyond:6.2f} %\n```")
-
-
-def print_activations(path, model, checkpoint, args):
-    """Measure how often the ReLUs fire, print it, and add it to the record of the run."""
     device = choose_device(args.device)
     images, labels = load_test_data(checkpoint, args.data_dir, device)
     table = relu_table(model.to(device), images, labels)
+    print(f"# {path}\n\nmade by `{command(checkpoint['options'])}`")
     rows = []
     for row in table:
-        percentages = [f"{row['fires']:.2f}", f"{row['disabled']:.2f}"]
-        rows.append([row["relu"], str(row["features"])] + percentages)
+        rows.append([row["relu"], str(row["features"]), f"{row['fires']:.2f}",
+                     f"{row['disabled']:.2f}"])
     header = ["ReLU", "features", "fires", "disabled"]
     print_table("ReLUs on the test images (%), evaluated in fp32", "lrrr", header, rows)
     add_to_record(path, checkpoint, "activations", table)
@@ -481,25 +460,28 @@ def draw_accuracy(runs, published):
 
 def draw_networks(ax, runs, published, train, archs):
     """A point for each run of these networks, a line through the means, and the paper's values."""
-    points = []   # each is (number of BatchNorm parameters, accuracy)
+    counts = []
     means = []
+    counts_of_paper = []
     papers = []
     for arch in archs:
         color, label = look_of(arch, train)
         count = counts_of(arch)["bn"]
         values = accuracies(runs.get((arch, train), []))
         if values:
-            points += [(count, value) for value in values]
-            means.append((count, np.mean(values)))
+            ax.plot([count] * len(values), values, "o", color=color, label=f"{label}, here")
+            counts.append(count)
+            means.append(np.mean(values))
+            name_at = means[-1]
         if (arch, train) in published:
-            papers.append((count, published_number(published[arch, train]["paper"])))
-        last = papers[-1] if (arch, train) in published else means[-1]
-        annotate(ax, arch, last, color, "left" if is_wide(arch) else "right")
-    if points:
-        ax.plot(*zip(*points), "o", color=color, label=f"{label}, here")
-        ax.plot(*zip(*means), "-", color=color)
+            counts_of_paper.append(count)
+            papers.append(published_number(published[arch, train]["paper"]))
+            name_at = papers[-1]
+        annotate(ax, arch, (count, name_at), color, "left" if is_wide(arch) else "right")
+    if means:
+        ax.plot(counts, means, "-", color=color)
     if papers:
-        ax.plot(*zip(*papers), "o:", mfc="none", color=color, label=f"{label}, paper")
+        ax.plot(counts_of_paper, papers, "o:", mfc="none", color=color, label=f"{label}, paper")
 
 
 def published_number(text):
@@ -573,11 +555,9 @@ def draw_epochs(runs):
 
 def parse_command_line():
     parser = argparse.ArgumentParser(
-        description="Print or draw the results of all runs, or look into checkpoints.")
+        description="Print or draw the results of all runs, or say how often ReLUs fire.")
     parser.add_argument("checkpoints", nargs="*", type=os.path.expanduser, metavar="x.pt",
-                        help="written by train.py")
-    parser.add_argument("--activations", action="store_true",
-                        help="also how often the ReLUs of the checkpoints fire")
+                        help="written by train.py: measure how often their ReLUs fire")
     parser.add_argument("--results", type=os.path.expanduser, default=RESULTS, metavar="DIR",
                         help="folder of the records")
     parser.add_argument("--plot", action="store_true",
@@ -585,8 +565,6 @@ def parse_command_line():
     add_device_arguments(parser)
     args = parser.parse_args()
     args.results = pathlib.Path(args.results)
-    if args.activations and not args.checkpoints:
-        parser.error("--activations needs checkpoints")
     if args.plot and args.checkpoints:
         parser.error("--plot draws the records in --results, not checkpoints")
     return args
@@ -597,7 +575,7 @@ def main():
     set_full_fp32()
     sys.stdout.reconfigure(encoding="utf-8")   # for the sign ±
     for path in args.checkpoints:
-        print_network(path, args)
+        print_activations(path, args)
     if args.checkpoints:
         return
     runs, left_out = read_results(args.results)
