@@ -55,31 +55,22 @@ def batch(n=16, first=0, dtype=torch.float32):
     return train.normalize(images).to(dtype), labels
 
 
-def command_line(*words):
-    """The arguments of train.py with nothing but these words."""
+def arguments(*words):
+    """The arguments of train.py on the CPU with these words."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        patch.setattr(sys, "argv", ["train.py", "--device", "cpu", *map(str, words)])
         return train.parse_command_line()
 
 
-def arguments(*words):
-    """The arguments of train.py for a resnet8 in fp32 on the CPU, and whatever `words` say."""
-    return command_line("--arch", "resnet8", "--amp", "off", "--device", "cpu", *words)
-
-
-def options_of(args):
-    """The options that a checkpoint of these arguments would hold."""
-    return {name: getattr(args, name) for name in train.RECIPE}
-
-
 def built(*words, dtype=torch.float32):
-    """The network of these words, in training mode."""
-    return train.network_of(options_of(arguments(*words))).to(dtype).train()
+    """The network of these words in training mode, resnet8 unless they name another."""
+    args = arguments("--arch", "resnet8", *words)
+    return train.network_of(train.options_of(args)).to(dtype).train()
 
 
 def prepared(*words, dtype=torch.float32):
     """(model, step, optimizer, scaler) of these words; step takes batches of 16 and of 7 images."""
-    args = arguments(*words)
+    args = arguments("--arch", "resnet8", *words)
     precision = train.choose_precision(args.amp, args.device)
     model = built(*words, dtype=dtype).to(args.device)
     if not args.plain:
@@ -88,12 +79,6 @@ def prepared(*words, dtype=torch.float32):
     scaler = torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
     step = train.make_step(model, optimizer, scaler, precision, 16, 7, args)
     return model, step, optimizer, scaler
-
-
-def trained_vector(model):
-    """All parameters that train, as one vector."""
-    vectors = [p.detach().flatten() for p in train.trained_parameters(model)]
-    return torch.cat(vectors)
 
 
 def run_script(script, *words):
@@ -131,13 +116,9 @@ def tiny_data(*args):
     return train_split, test_split
 
 
-def contents_of(folder):
-    """{name: content} of the files in a folder, which has no folders in it."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 def files_here():
-    return contents_of(pathlib.Path())
+    """{name: content} of the files in the current folder, which has no folders in it."""
+    return {file.name: file.read_bytes() for file in pathlib.Path().iterdir()}
 
 
 def epochs_of(path):
@@ -155,14 +136,6 @@ def tiny(monkeypatch, tmp_path):
     return tiny_data()
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Ctrl-C ends a script, also if the shell that started pytest in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     """{name: content} of the files of a finished run, a.pt and a.json."""
@@ -170,8 +143,8 @@ def finished_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_data", tiny_data)
         patch.chdir(folder)
-        assert run_script(train, *SMALL, "--bn-only", "--out", "a.pt") == 0
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+        assert run_script(train, *TO_A) == 0
+        return files_here()
 
 
 @pytest.fixture
@@ -838,7 +811,7 @@ def test_a_learning_rate_in_memory_stays_where_it_is():
 def test_training_is_plain_on_apples_gpus(device, plain, monkeypatch):
     """channels_last gives wrong gradients there (pytorch#175189)."""
     monkeypatch.setattr(train, "choose_device", torch.device)
-    assert command_line("--device", device).plain == plain
+    assert arguments("--device", device).plain == plain
 
 
 # --- names
@@ -856,11 +829,12 @@ def test_training_is_plain_on_apples_gpus(device, plain, monkeypatch):
 ])
 def test_name_and_command_tell_all_that_differs_from_the_recipe(words, name):
     """The command is the inverse of the name: it gives the same options."""
-    args = command_line("--device", "cpu", *words.split())
+    args = arguments(*words.split())
+    options = train.options_of(args)
     assert args.out == pathlib.Path("runs", f"{name}.pt")
-    python, script, *command = train.command(options_of(args)).split()
+    python, script, *command = train.command(options).split()
     assert (python, script) == ("python", "train.py")
-    assert options_of(command_line("--device", "cpu", *command)) == options_of(args)
+    assert train.options_of(arguments(*command)) == options
     named = {word for word in words.split() if word.startswith("--")}
     assert {word for word in command if word.startswith("--")} == named | {"--arch"}
 
@@ -1025,7 +999,7 @@ def after_failures(fresh_compiler, monkeypatch):
             raise error
 
         monkeypatch.setattr(train, "capture_all", failing_capture)
-        args = arguments("--bn-only")
+        args = arguments("--arch", "resnet8", "--bn-only")
         model, plain_step, optimizer, _ = prepared("--bn-only")
         for _ in range(3):
             plain_step(*batch())
@@ -1098,10 +1072,6 @@ RUNS = ["--train all", "--train random", "--bn-only --plain", "--bn-only --amp b
         "--bn-only --amp fp16", "--bn-only --norm switchable", "--bn-only --norm weight"]
 
 
-def interrupt():
-    signal.raise_signal(signal.SIGINT)
-
-
 def call_before_step(monkeypatch, number, action):
     """Let train.py call action() before its step of this number, counted from 1: 3 are an epoch."""
     steps = itertools.count(1)
@@ -1139,7 +1109,7 @@ def test_resume_is_bit_for_bit(run, tiny, monkeypatch):
     """An interrupted and resumed run ends as the same run without an interrupt."""
     words = SMALL + run.split()
     assert run_script(train, *words, "--out", "whole.pt") == 0
-    call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
+    call_before_step(monkeypatch, 5, raising(KeyboardInterrupt()))   # in epoch 2
     assert run_script(train, *words, "--out", "a.pt") == 1
     assert len(epochs_of("a.pt")) == 1
     assert run_script(train, *words, "--out", "a.pt", "--resume") == 0
@@ -1148,7 +1118,7 @@ def test_resume_is_bit_for_bit(run, tiny, monkeypatch):
 
 def test_record_of_a_run(tiny, monkeypatch):
     """What it has of the checkpoint, the last accuracy, and each start with --plain and machine."""
-    call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
+    call_before_step(monkeypatch, 5, raising(KeyboardInterrupt()))   # in epoch 2
     assert run_script(train, *TO_A) == 1
     assert run_script(train, *TO_A, "--resume", "--plain") == 0
     _, checkpoint = train.load_checkpoint("a.pt")
@@ -1166,10 +1136,7 @@ def test_record_of_a_run(tiny, monkeypatch):
 
 def test_interrupt_of_the_script_says_how_to_go_on(tiny, monkeypatch, capsys):
     """Ctrl-C ends a run with a line and status 1."""
-    def interrupted(*args):
-        interrupt()
-
-    monkeypatch.setattr(models, "build_model", interrupted)
+    monkeypatch.setattr(models, "build_model", raising(KeyboardInterrupt()))
     monkeypatch.setattr(sys, "argv", ["train.py"] + SMALL)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(HERE / "train.py"), run_name="__main__")
@@ -1312,7 +1279,7 @@ def test_resume_takes_the_precision_of_the_run(tiny, monkeypatch):
         seen.append(precision)
         return step(model, optimizer, scaler, precision, images, labels)
 
-    call_before_step(monkeypatch, 5, interrupt)   # in epoch 2
+    call_before_step(monkeypatch, 5, raising(KeyboardInterrupt()))   # in epoch 2
     with monkeypatch.context() as patch:
         patch.setattr(train, "choose_precision", lambda amp, device: "bf16")
         assert run_script(train, *TO_A) == 1
@@ -1602,18 +1569,6 @@ def test_a_line_for_each_epoch(tiny, capsys):
     assert last == "next: python prune.py a.pt"
 
 
-def test_a_start_tells_early_how_long_it_takes(tiny, monkeypatch, capsys):
-    """Once, after twenty steps, whether it begins or continues."""
-    call_before_step(monkeypatch, 90, interrupt)   # 40 steps of one image are an epoch
-    assert run_script(train, *TO_A, "--batch-size", 1) == 1
-    assert run_script(train, *TO_A, "--batch-size", 1, "--resume") == 0
-    lines = capsys.readouterr().out.splitlines()
-    estimate = re.compile(r"about \d+ s an epoch, \d\.\d minutes for \d epochs$")
-    estimates = [line for line in lines if estimate.match(line)]
-    assert len(estimates) == 2
-    assert lines.index(estimates[0]) == 1
-
-
 def test_closed_output_ends_quietly_after_a_saved_epoch(tiny):
     """As in `train.py | head -n 2`: each line is out at once, and nothing is said of the pipe."""
     words = TO_A + ["--batch-size", "500"]   # 20 steps an epoch
@@ -1750,7 +1705,7 @@ def write_run(name, accuracy, words="--bn-only", **entries):
 
     accuracy: that of its last epoch; words: its command line; entries: what else the record holds.
     """
-    args = command_line("--device", "cpu", "--arch", "resnet14", *words.split())
+    args = arguments(*words.split())
     counts = dict(analyze.counts_of(args.arch))
     if args.norm == "batch" and args.train != "random":
         counts = analyze.counts_of(args.arch, args.train)
@@ -1758,7 +1713,7 @@ def write_run(name, accuracy, words="--bn-only", **entries):
     for epoch in range(1, args.epochs + 1):
         epochs.append({"epoch": epoch, "test_accuracy": accuracy})
     record = {
-        "options": options_of(args),
+        "options": train.options_of(args),
         "precision": "bf16",
         "parameters": counts,
         "test_accuracy": accuracy,

@@ -425,9 +425,10 @@ class TwoWeightsConv2d(nn.Conv2d):
         first = rng.randint(0, fan_in, c_out)
         second = rng.randint(0, fan_in - 1, c_out)
         second = np.where(second < first, second, second + 1)   # uniform over the other fan_in - 1
-        places = np.stack([first, second], axis=1) + fan_in * np.arange(c_out)[:, None]
-        chosen = torch.from_numpy(places.flatten()).to(conv.weight.device, torch.int64)
-        self.register_buffer("chosen", chosen, persistent=False)   # places in the flattened weight
+        begin = fan_in * np.arange(c_out)   # of a channel in the flattened weight
+        places = np.stack([begin + first, begin + second], axis=1).flatten()   # (2 c_out,)
+        chosen = torch.from_numpy(places).to(conv.weight.device, torch.int64)
+        self.register_buffer("chosen", chosen, persistent=False)
         self.values = nn.Parameter(conv.weight.detach().flatten()[chosen])
 
     def whole_weight(self):
@@ -793,6 +794,11 @@ def require(condition, text):
 # --- begin or continue a run
 
 
+def options_of(args):
+    """The options that make a run what it is, {name: value}, from the arguments of train.py."""
+    return {name: getattr(args, name) for name in RECIPE}
+
+
 def variant(options):
     """What trains, and what else differs from RECIPE, such as ["bn", "layer", "lr0.3"].
 
@@ -844,7 +850,7 @@ def begin_run(args):
     if record.exists():
         raise UserError(f"{record} exists without its checkpoint: choose another --out, "
                         "or delete it", 2)
-    options = {name: getattr(args, name) for name in RECIPE}
+    options = options_of(args)
     model = network_of(options)
     run = {
         "options": options,
@@ -863,8 +869,8 @@ def continue_run(args):
     Raises UserError if the command line asks for another run.
     """
     model, checkpoint = load_checkpoint(args.out)
-    for name, value in checkpoint["options"].items():
-        asked = getattr(args, name)
+    for name, asked in options_of(args).items():
+        value = checkpoint["options"][name]
         if asked != value:
             raise UserError(f"{args.out} is a run with {name} {value}, not {asked}", 2)
     names = ["options", "precision", "fingerprint", "starts", "epochs"]
