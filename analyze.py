@@ -42,8 +42,8 @@ hidden). "Reproduction":
 [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), which says
 that the paper's figures are means of five runs; its own are single runs on 45,000 images, best
 epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
-Gammas and features were measured in fp32 (those of not-bn, whose checkpoint was not kept, in bf16),
-accuracies of runs in their own precision: to run a command in bf16 on a CPU, add `--amp bf16`.
+Gammas and features are measured in fp32, accuracies of runs in their own precision: to run a
+command in bf16 on a CPU, add `--amp bf16`.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -52,6 +52,7 @@ RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
 
 # --- runs and published values
+
 
 def read_results(folder):
     """The finished runs in a folder, and a line about each other record.
@@ -121,27 +122,30 @@ def accuracies(records):
     return [record["test_accuracy"] for record in records]
 
 
-def rows_of(records, threshold):
-    """The row of this threshold in the table "prune" of each record that has one."""
+def rows_of(records, table, key, value):
+    """The rows with this value of a key, such as a threshold, in the records that have the table.
+
+    table: "prune" or "activations".
+    """
     rows = []
     for record in records:
-        for row in record.get("prune", []):
-            if row["threshold"] == threshold:
+        for row in record.get(table, []):
+            if row[key] == value:
                 rows.append(row)
     return rows
 
 
+def pruned_rows(records, threshold):
+    return rows_of(records, "prune", "threshold", threshold)
+
+
 def disabled_shares(records, kind):
     """The disabled features of this kind of ReLU, in percent, of each record that has them."""
-    shares = []
-    for record in records:
-        for row in record.get("activations", []):
-            if row["relu"] == kind:
-                shares.append(row["disabled"])
-    return shares
+    return [row["disabled"] for row in rows_of(records, "activations", "relu", kind)]
 
 
 # --- tables
+
 
 def print_table(title, alignment, header, rows):
     """Print cells of text as an aligned Markdown table, or nothing if there is no row.
@@ -210,23 +214,30 @@ def print_what_trains(runs, published):
 
     Rows that only the paper has are added for networks of which we trained more than bn and all.
     """
-    rows = {}   # by network and label
-    archs = set()
-    for (arch, label), records in runs.items():
+    ours = {}
+    for key, records in runs.items():
         if records[0]["options"]["norm"] == "batch":
-            theirs = published.get((arch, label), NOT_PUBLISHED)
-            trained = records[0]["parameters"]["trained"]
-            ours = mean_and_std(accuracies(records))
-            rows[parse_arch(arch), label] = [arch, label, f"{trained:,}", ours, theirs["paper"]]
-            if label not in ("bn", "all"):
-                archs.add(arch)
-    for (arch, train), theirs in published.items():
-        if arch in archs and train not in ("bn", "all") and (arch, train) not in runs:
-            trained = counts_of(arch, train)["trained"]
-            rows[parse_arch(arch), train] = [arch, train, f"{trained:,}", "-", theirs["paper"]]
-    rows = [rows[key] for key in sorted(rows)]
+            ours[key] = records
+    archs = {arch for arch, label in ours if label not in ("bn", "all")}
+    keys = set(ours)
+    for arch, train in published:
+        if arch in archs and train not in ("bn", "all"):
+            keys.add((arch, train))
+    rows = []
+    for arch, label in sorted(keys, key=by_network):
+        records = ours.get((arch, label), [])
+        counts = records[0]["parameters"] if records else counts_of(arch, label)
+        theirs = published.get((arch, label), NOT_PUBLISHED)
+        rows.append([arch, label, f"{counts['trained']:,}", mean_and_std(accuracies(records)),
+                     theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
+
+
+def by_network(key):
+    """What an (arch, label) is sorted by: depth, width, label."""
+    arch, label = key
+    return parse_arch(arch), label
 
 
 def print_normalizations(runs):
@@ -239,7 +250,7 @@ def print_normalizations(runs):
     for (arch, label), records in runs.items():
         options = records[0]["options"]
         if arch in archs and options["train"] == "bn":
-            small = [row["pruned"] for row in rows_of(records, 0.01)]
+            small = [row["pruned"] for row in pruned_rows(records, 0.01)]
             rows.append([arch, options["norm"], label, mean_and_std(accuracies(records)),
                          mean_and_std(small), mean_and_std(disabled_shares(records, "all"))])
     header = ["network", "norm", "what trains", "accuracy", "gammas below 0.01 (%)",
@@ -261,9 +272,9 @@ def print_pruning(runs):
     """Means over the n records that have a table "prune"."""
     rows = []
     for (arch, label), records in runs.items():
-        n = len(rows_of(records, 0.0))
+        n = len(pruned_rows(records, 0.0))
         if n > 0:
-            cells = [pruning_cell(rows_of(records, threshold)) for threshold in THRESHOLDS]
+            cells = [pruning_cell(pruned_rows(records, threshold)) for threshold in THRESHOLDS]
             rows.append([arch, label, str(n)] + cells)
     title = ("Gammas below a threshold set to zero: "
              "change of accuracy in points (share of gammas, %)")
@@ -314,11 +325,10 @@ def short_commit(commit):
 # --- one network
 
 
-def print_activations(path, args):
+def print_activations(path, data_dir, device):
     """Measure how often the ReLUs of a network fire, print it, and add it to the run's record."""
     model, checkpoint = load_checkpoint(path)
-    device = choose_device(args.device)
-    images, labels = load_test_data(checkpoint, args.data_dir, device)
+    images, labels = load_test_data(checkpoint, data_dir, device)
     table = relu_table(model.to(device), images, labels)
     print(f"# {path}\n\nmade by `{command(checkpoint['options'])}`")
     rows = []
@@ -460,9 +470,7 @@ def draw_accuracy(runs, published):
 
 def draw_networks(ax, runs, published, train, archs):
     """A point for each run of these networks, a line through the means, and the paper's values."""
-    counts = []
-    means = []
-    counts_of_paper = []
+    means = []    # each is (number of BatchNorm parameters, accuracy)
     papers = []
     for arch in archs:
         color, label = look_of(arch, train)
@@ -470,18 +478,15 @@ def draw_networks(ax, runs, published, train, archs):
         values = accuracies(runs.get((arch, train), []))
         if values:
             ax.plot([count] * len(values), values, "o", color=color, label=f"{label}, here")
-            counts.append(count)
-            means.append(np.mean(values))
-            name_at = means[-1]
+            means.append((count, np.mean(values)))
         if (arch, train) in published:
-            counts_of_paper.append(count)
-            papers.append(published_number(published[arch, train]["paper"]))
-            name_at = papers[-1]
-        annotate(ax, arch, (count, name_at), color, "left" if is_wide(arch) else "right")
+            papers.append((count, published_number(published[arch, train]["paper"])))
+        point = papers[-1] if (arch, train) in published else means[-1]
+        annotate(ax, arch, point, color, "left" if is_wide(arch) else "right")
     if means:
-        ax.plot(counts, means, "-", color=color)
+        ax.plot(*np.transpose(means), "-", color=color)
     if papers:
-        ax.plot(counts_of_paper, papers, "o:", mfc="none", color=color, label=f"{label}, paper")
+        ax.plot(*np.transpose(papers), "o:", mfc="none", color=color, label=f"{label}, paper")
 
 
 def published_number(text):
@@ -523,12 +528,12 @@ def draw_pruning(runs):
     """Accuracy against the share of gammas set to zero, a point for each threshold."""
     figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
     for (arch, train), records in runs.items():
-        if train in LOOKS and rows_of(records, 0.0):
+        if train in LOOKS and pruned_rows(records, 0.0):
             color, label = look_of(arch, train)
             shares = []
             means = []
             for threshold in [0.0] + THRESHOLDS:
-                rows = rows_of(records, threshold)
+                rows = pruned_rows(records, threshold)
                 shares.append(np.mean([row["pruned"] for row in rows]))
                 means.append(np.mean([row["test_accuracy"] for row in rows]))
             ax.plot(shares, means, "o-", color=color, label=label)
@@ -553,6 +558,7 @@ def draw_epochs(runs):
 
 # --- command line
 
+
 def parse_command_line():
     parser = argparse.ArgumentParser(
         description="Print or draw the results of all runs, or say how often ReLUs fire.")
@@ -574,9 +580,10 @@ def main():
     args = parse_command_line()
     set_full_fp32()
     sys.stdout.reconfigure(encoding="utf-8")   # for the sign ±
-    for path in args.checkpoints:
-        print_activations(path, args)
     if args.checkpoints:
+        device = choose_device(args.device)   # not to print tables, because it starts the GPU
+        for path in args.checkpoints:
+            print_activations(path, args.data_dir, device)
         return
     runs, left_out = read_results(args.results)
     if not runs:

@@ -1,8 +1,7 @@
 """The CIFAR-10 ResNets and WRNs of "Training BatchNorm and Only BatchNorm" (arXiv 2003.00152).
 
 A name gives the architecture: `resnet<D>` has depth D = 6n + 2, and `wrn<D>-<K>` is the same,
-K times as wide. A name and a seed give all initial values (see `initialize`). Trainable parameters,
-as in the table of the paper's second version:
+K times as wide. Trainable parameters, as in the table of the paper's second version:
 
     network      all  BatchNorm        network          all  BatchNorm
     resnet14     175,258  1,120        wrn14-2      696,618      2,240
@@ -131,20 +130,23 @@ def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaimin
     return model
 
 
+def is_normalization(module):
+    """Whether a module has parameters of its own, and all of them are vectors, as BatchNorm's."""
+    parameters = list(module.parameters(recurse=False))
+    return len(parameters) > 0 and all(parameter.dim() == 1 for parameter in parameters)
+
+
 def gammas_and_betas(model):
     """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,).
 
-    With weight normalization, gamma is the gain of a convolution. Any other layer whose `weight`
-    has one dimension is a normalization: gamma is its weight, beta its `bias`, which it must have.
+    They are its `weight` and `bias`; with weight normalization, gamma is the gain of a convolution.
     """
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, WeightNormConv2d):
             layers.append((name, module.gain, module.bias))
-            continue
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.dim() == 1:
-            layers.append((name, weight, module.bias))
+        elif is_normalization(module):
+            layers.append((name, module.weight, module.bias))
     return layers
 
 
@@ -223,7 +225,10 @@ def kaiming_uniform(z, std):
 
 
 def orthogonal(z, std):
-    """Orthonormal rows, or columns if there are more rows, as nn.init.orthogonal_ (no std)."""
+    """Orthonormal rows, or columns if there are more rows, as nn.init.orthogonal_ (no std).
+
+    Another machine's qr can round them differently.
+    """
     rows = z.reshape(len(z), -1)
     wide = rows.shape[0] < rows.shape[1]
     q, r = np.linalg.qr(rows.T if wide else rows)
@@ -242,18 +247,6 @@ WEIGHT_INITS = {
     "orthogonal": orthogonal,
     "binary": binary,
 }
-
-
-@torch.no_grad()
-def fingerprint(tensors):
-    """Two sums that tell drawn weights apart: of |w|, and of w times its position in 0 .. 1."""
-    magnitude, moment = 0.0, 0.0
-    for tensor in tensors:
-        w = tensor.cpu().double().flatten()
-        position = torch.linspace(0, 1, len(w), dtype=torch.float64)
-        magnitude += w.abs().sum().item()
-        moment += torch.dot(w, position).item()
-    return [magnitude, moment]
 
 
 # --- normalizations

@@ -4,9 +4,9 @@
     python train.py --arch resnet8 --bn-only --dataset synthetic --epochs 2     # a demo
 
 Every epoch writes the checkpoint (--out x.pt), from which --resume continues, and the record of the
-run (x.json), which prune.py and analyze.py read. The method is the first part of this file, with
-"two random weights per channel" as its end; then come the fast path for GPUs, files, and the
-command line.
+run (x.json), to which prune.py and analyze.py add their tables. The method is the first part of
+this file, with "two random weights per channel" as its end; then come the fast path for GPUs,
+files, and the command line.
 """
 import argparse
 import copy
@@ -37,13 +37,13 @@ from models import (
     Block,
     WeightNormConv2d,
     build_model,
-    fingerprint,
+    is_normalization,
     parse_arch,
 )
 
-# The options that make a run what it is, with the defaults of OpenLTH, the authors' code, which we
-# take for the paper's. What differs from these is in the name of a run's files, and, but for seed
-# and amp, in its row of every table.
+# The options that make a run what it is. The defaults are those of OpenLTH, the authors' code,
+# which we take for the paper's. An option with another value is in the name of the run's files, and
+# in its row of every table (which leaves out seed and amp).
 RECIPE = {
     "arch": "resnet14",
     "train": "all",
@@ -77,10 +77,6 @@ def load_data(dataset, data_dir, seed):
     if dataset == "synthetic":
         return synthetic_data(seed)
     return load_cifar10(pathlib.Path(data_dir))
-
-
-def to_labels(values):
-    return torch.tensor(values, dtype=torch.int64)
 
 
 def draw_augmentation(n, rng):
@@ -145,13 +141,10 @@ def in_conv(module, name):
 
 
 def in_bn(module, name):
-    """The normalization's own parameters, whichever it is; with batch, its gamma and beta.
-
-    Any module whose own parameters are all vectors is taken for a normalization.
-    """
+    """The normalization's own parameters, whichever it is; with batch, its gamma and beta."""
     if isinstance(module, WeightNormConv2d):
         return name.endswith((".gain", ".bias"))
-    return all(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
+    return is_normalization(module)
 
 
 def in_not_bn(module, name):
@@ -181,7 +174,7 @@ def in_shortcut_bn(module, name):
 
 
 def in_output(module, name):
-    """Weight and bias of the linear layer."""
+    """Weight and bias of the linear layer, or of all in a network that has more."""
     return isinstance(module, nn.Linear)
 
 
@@ -268,7 +261,7 @@ def train_step(model, optimizer, scaler, precision, images, labels):
     with torch.autocast(images.device.type, AMP_DTYPES[precision], enabled=precision != "off"):
         logits = model(images)
     if precision != "off":
-        logits = logits.float()   # the loss is computed in fp32
+        logits = logits.float()   # the loss is computed in fp32 (a test has a network in float64)
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -308,7 +301,7 @@ def evaluate(model, images, labels, precision):
 def train_epochs(model, optimizer, scaler, rng, run, data, args):
     """The epochs that a run lacks: train, evaluate, save, print.
 
-    rng: the generator of the order and augmentation of the images; run: see `begin_run`;
+    rng: the generator of the order and augmentation of the images; run: see RUN_ENTRIES;
     data: see `load_data`. Raises UserError if the training diverges.
     """
     train_split, test_split = data
@@ -340,8 +333,8 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
             total_correct += correct
             if epoch == first_epoch and len(losses) == min(20, steps):
                 loss.item()   # waits for the device
-                seconds = (time.perf_counter() - start_time) / len(losses) * steps
-                print_estimate(seconds, args.epochs - epoch, args.device)
+                seconds_a_step = (time.perf_counter() - start_time) / len(losses)
+                print_estimate(seconds_a_step * steps, args.epochs - epoch, args.device)
             if sys.stdout.isatty() and len(losses) % 10 == 1:
                 print(f"{epoch + 1:3}/{args.epochs}  image {begin:6,} of {n:,}", end="\r",
                       flush=True)
@@ -446,7 +439,8 @@ class TwoWeightsConv2d(nn.Conv2d):
 def set_full_fp32():
     """Let fp32 mean fp32 on NVIDIA's GPUs, not TF32."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False   # as the next line: PyTorch has two switches
+    # PyTorch has an old and a new switch for convolutions, and raises an error if they disagree.
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
@@ -553,12 +547,13 @@ def capture_all(step, size, last_size):
         steps[last_size] = eager(step)   # one batch of an epoch is not worth compiling for
     stream = torch.cuda.Stream()
     pool = torch.cuda.graph_pool_handle()
+    batches = {n: blank_batch(n) for n in steps}
     # All warm-ups come before all captures, because a capture can't use the memory of a warm-up.
     for n, step_of_size in steps.items():
-        warm_up(step_of_size, n, stream)
+        warm_up(step_of_size, batches[n], stream)
     replays = {}
     for n, step_of_size in steps.items():
-        replays[n] = capture(step_of_size, n, stream, pool)
+        replays[n] = capture(step_of_size, batches[n], stream, pool)
 
     def replay_for_size(images, labels):
         return replays[len(images)](images, labels)
@@ -572,19 +567,18 @@ def blank_batch(size):
     return images.to(memory_format=torch.channels_last), labels
 
 
-def warm_up(step, size, stream):
+def warm_up(step, batch, stream):
     """Three steps, which compile, and allocate what can't be allocated during a capture."""
-    images, labels = blank_batch(size)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(images, labels)
+            step(*batch)
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def capture(step, size, stream, pool):
-    """The step for batches of `size` images as a CUDA graph: one launch replaces thousands."""
-    static_images, static_labels = blank_batch(size)
+def capture(step, batch, stream, pool):
+    """The step as a CUDA graph that reads from this batch: one launch replaces thousands."""
+    static_images, static_labels = batch
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool, stream):
         static_loss, static_correct = step(static_images, static_labels)
@@ -631,6 +625,10 @@ def changing_state(model):
 
 FORMAT = 4
 
+# What a run is: its options, its precision (a key of AMP_DTYPES), the fingerprint of its frozen
+# weights, and the lists of its starts and epochs, which grow.
+RUN_ENTRIES = ("options", "precision", "fingerprint", "starts", "epochs")
+
 
 def save(path, run, model, optimizer, scaler, rng):
     """Write the record, then the checkpoint, from which --resume continues.
@@ -638,21 +636,17 @@ def save(path, run, model, optimizer, scaler, rng):
     In this order, because a checkpoint of the last epoch is not trained again: if the process were
     killed in between, the record would lack that epoch for good.
     """
-    write_record(record_path(path), make_record(run))
+    write_record(record_path(path), make_record(run, model))
     write(path, checkpoint_bytes(run, model, optimizer, scaler, rng))
 
 
 def checkpoint_bytes(run, model, optimizer, scaler, rng):
-    """A checkpoint as the bytes of its file: a run, see `begin_run`, and the state of training."""
+    """A checkpoint as the bytes of its file: a dict of a run and the state of its training."""
     state = training_state(model, optimizer, scaler)
     buffer = io.BytesIO()
     torch.save({
         "format": FORMAT,
-        "options": run["options"],
-        "precision": run["precision"],
-        "fingerprint": run["fingerprint"],
-        "starts": run["starts"],
-        "epochs": run["epochs"],
+        **run,
         "model": {name: tensor.cpu() for name, tensor in state["model"].items()},
         "momentum": [tensor.cpu() for tensor in state["momentum"]],
         "scaler": state["scaler"],
@@ -661,7 +655,7 @@ def checkpoint_bytes(run, model, optimizer, scaler, rng):
     return buffer.getvalue()
 
 
-def make_record(run):
+def make_record(run, model):
     """The record of a run: a dict of options, counts of parameters, starts and epochs.
 
     The headline is the test accuracy of the last epoch, never the best.
@@ -670,7 +664,7 @@ def make_record(run):
     return {
         "options": run["options"],
         "precision": run["precision"],
-        "parameters": run["parameters"],
+        "parameters": count_parameters(model),
         "test_accuracy": epochs[-1]["test_accuracy"],
         "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
         "starts": run["starts"],
@@ -684,15 +678,7 @@ def record_path(checkpoint_path):
 
 
 def write_record(path, record):
-    """Write a record as JSON, with a line for each entry and each epoch."""
-    entries = []
-    for name, value in record.items():
-        text = json.dumps(value)
-        if name == "epochs":
-            text = "[\n " + ",\n ".join(json.dumps(epoch) for epoch in value) + "\n]"
-        entries.append(f"{json.dumps(name)}: {text}")
-    content = "{" + ",\n".join(entries) + "}\n"
-    write(path, content.encode())
+    write(path, json.dumps(record, indent=1).encode())
 
 
 def write(path, content):
@@ -741,10 +727,12 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         update_format(checkpoint)
         require(checkpoint.get("format") == FORMAT, "this code reads formats 3 and 4")
+        for name in RUN_ENTRIES + ("model", "momentum", "scaler", "rng"):
+            require(name in checkpoint, f"it has no {name}")
         checkpoint["options"] = complete_options(checkpoint["options"])
         model = network_of(checkpoint["options"])
         drawn = fingerprint(frozen_parameters(model))
-        tolerance = 1e-9 * drawn[0]   # machines round differently, see `orthogonal`
+        tolerance = 1e-9 * drawn[0]   # machines can round differently, see `orthogonal`
         require(np.allclose(drawn, checkpoint["fingerprint"], rtol=0, atol=tolerance),
                 "its seed draws other weights now")
         missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
@@ -755,6 +743,18 @@ def load_checkpoint(path):
         reason = one_line(error).split(". ")[0]   # PyTorch's goes on with advice
         raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
     return model.eval(), checkpoint
+
+
+@torch.no_grad()
+def fingerprint(tensors):
+    """Two sums that tell drawn weights apart: of |w|, and of w times its position in 0 .. 1."""
+    magnitude, moment = 0.0, 0.0
+    for tensor in tensors:
+        w = tensor.cpu().double().flatten()
+        position = torch.linspace(0, 1, len(w), dtype=torch.float64)
+        magnitude += w.abs().sum().item()
+        moment += torch.dot(w, position).item()
+    return [magnitude, moment]
 
 
 def update_format(content):
@@ -781,7 +781,7 @@ def complete_options(options):
     missing = sorted({"arch", "train", "seed"} - set(options))
     require(not unknown, f"unknown options: {', '.join(unknown)}")
     require(not missing, f"missing options: {', '.join(missing)}")
-    parse_arch(options["arch"])
+    parse_arch(options["arch"])   # raises ValueError
     return {**RECIPE, **options}
 
 
@@ -837,10 +837,9 @@ def command(options):
 
 
 def begin_run(args):
-    """A run that has not begun, and its network. Raises UserError if its name is taken.
+    """A run that has not begun, see RUN_ENTRIES, and its network.
 
-    A run is a dict of "options", "precision" (a key of AMP_DTYPES), "fingerprint" (of the frozen
-    weights), "parameters" (counts), and of the lists "starts" and "epochs", which grow.
+    Raises UserError if its name is taken.
     """
     record = record_path(args.out)
     if args.out.exists():
@@ -856,7 +855,6 @@ def begin_run(args):
         "options": options,
         "precision": choose_precision(args.amp, args.device),
         "fingerprint": fingerprint(frozen_parameters(model)),
-        "parameters": count_parameters(model),
         "starts": [],
         "epochs": [],
     }
@@ -873,9 +871,7 @@ def continue_run(args):
         value = checkpoint["options"][name]
         if asked != value:
             raise UserError(f"{args.out} is a run with {name} {value}, not {asked}", 2)
-    names = ["options", "precision", "fingerprint", "starts", "epochs"]
-    run = {name: checkpoint[name] for name in names}
-    run["parameters"] = count_parameters(model)
+    run = {name: checkpoint[name] for name in RUN_ENTRIES}
     return run, model, checkpoint
 
 
@@ -950,7 +946,7 @@ def load_cifar10(data_dir):
     except RuntimeError:   # an MD5 does not match
         raise UserError(f"{folder} is not CIFAR-10 (its files differ or are missing), and stays as "
                         "it is: move it away, or give another --data-dir") from None
-    return [(torch.from_numpy(split.data), to_labels(split.targets)) for split in splits]
+    return [(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits]
 
 
 def fetch_batches(data_dir, folder):
@@ -1007,12 +1003,12 @@ def synthetic_data(seed):
     patterns = 96 + 40 * smooth.permute(0, 2, 3, 1).float().numpy()    # (10, 32, 32, 3)
 
     def draw(n):
-        labels = rng.randint(0, 10, n)
+        labels = rng.randint(0, 10, n, dtype=np.int64)
         shift = rng.randint(-4, 5, (2, n, 1))
         rows, columns = (shift + np.arange(32)) % 32                   # both (n, 32)
         images = patterns[labels[:, None, None], rows[:, :, None], columns[:, None, :]]
         images += rng.randint(0, 64, images.shape, dtype=np.uint8)
-        return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), to_labels(labels)
+        return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
     return [draw(10_000), draw(2_000)]
 
@@ -1197,7 +1193,7 @@ def main():
         print(f"{args.out} is finished: {run['epochs'][-1]['test_accuracy']:.2f} % test accuracy, "
               f"made by `{command(run['options'])}`")
         return
-    counts = run["parameters"]
+    counts = count_parameters(model)
     print(f"{args.arch} on {args.device}: {counts['trained']:,} of {counts['all']:,} parameters "
           f"train, epochs done: {done} of {args.epochs}", flush=True)
 
