@@ -95,32 +95,25 @@ def augment(padded, index, offset, flip):
     """Crop and flip each image in its own way. Returns uint8 (B, 32, 32, 3).
 
     padded: (N, 40, 40, 3), images with a border of 4 black pixels; index, flip: (B,);
-    offset: (B, 2), y and x. The whole batch is one gather of pixels, because an index for
-    each dimension takes four times as long on a CPU.
+    offset: (B, 2), y and x.
     """
     pixel = torch.arange(32, device=padded.device)
-    from_left = torch.where(flip[:, None], 31 - pixel, pixel)         # (B, 32)
-    columns = offset[:, 1:] + from_left                               # (B, 32)
-    # The rows of all images are numbered consecutively, and so are the pixels.
-    rows = index[:, None] * 40 + offset[:, :1] + pixel                # (B, 32)
-    pixels = rows[:, :, None] * 40 + columns[:, None, :]              # (B, 32, 32)
-    gathered = padded.view(-1, 3).index_select(0, pixels.flatten())   # (B * 32 * 32, 3)
-    return gathered.view(len(index), 32, 32, 3)
+    rows = offset[:, :1] + pixel                                              # (B, 32)
+    columns = offset[:, 1:] + torch.where(flip[:, None], 31 - pixel, pixel)   # (B, 32)
+    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def normalize(images):
     """(x / 255 - MEAN) / STD: uint8 (B, 32, 32, 3) -> float32 (B, 3, 32, 32), channels_last."""
-    scale, shift = row_constants(images.device)
-    rows = images.flatten(2).float()   # (B, 32, 96), because vectors of 3 channels would be slow
-    normalized = torch.addcmul(shift, rows, scale).view(images.shape)
-    return normalized.permute(0, 3, 1, 2)
+    scale, shift = normalization_constants(images.device)
+    return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
 
 
 @functools.cache   # because copying to a GPU in every step would make the host wait
-def row_constants(device):
-    """The scales and shifts of `normalize` for a row of 32 pixels: (2, 96)."""
-    channels = np.stack([1 / (255 * STD), -MEAN / STD])   # (2, 3)
-    return torch.tensor(np.tile(channels, 32), dtype=torch.float32, device=device)
+def normalization_constants(device):
+    """The scales and shifts of `normalize`, (2, 3)."""
+    channels = np.stack([1 / (255 * STD), -MEAN / STD])
+    return torch.tensor(channels, dtype=torch.float32, device=device)
 
 
 # --- what trains
