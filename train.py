@@ -1001,7 +1001,8 @@ def synthetic_data(seed):
         rows, columns = (shift + np.arange(32)) % 32                   # both (n, 32)
         images = patterns[labels[:, None, None], rows[:, :, None], columns[:, None, :]]
         images += rng.randint(0, 64, images.shape, dtype=np.uint8)
-        return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
+        images = images.clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     return [draw(10_000), draw(2_000)]
 
