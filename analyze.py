@@ -61,31 +61,34 @@ def read_results(folder):
     label is what trains and what else differs from the recipe, such as "bn, layer". A record also
     gets its "file".
     """
-    records = []
+    runs = {}
     left_out = []
     for file in sorted(folder.glob("*.json")):
         try:
             record = read_record(file)
-            record["file"] = file
-            done, epochs = len(record["epochs"]), record["options"]["epochs"]
-            if done < epochs:
-                raise UserError(f"{file} is not finished ({done} of {epochs} epochs)")
-            records.append(record)
+            options = record["options"]
+            done = len(record["epochs"])
+            if done < options["epochs"]:
+                raise UserError(f"{file} is not finished ({done} of {options['epochs']} epochs)")
         except (UserError, OSError) as error:
             left_out.append(str(error))
-    records.sort(key=record_order)
-    runs = {}
-    for record in records:
-        options = record["options"]
+            continue
+        record["file"] = file
         key = options["arch"], ", ".join(variant(options))
         runs.setdefault(key, []).append(record)
-    return runs, left_out
+    for records in runs.values():
+        records.sort(key=seed_of)
+    return {key: runs[key] for key in sorted(runs, key=by_network)}, left_out
 
 
-def record_order(record):
-    """What records are sorted by: depth, width, what trains, seed."""
-    options = record["options"]
-    return parse_arch(options["arch"]), variant(options), options["seed"]
+def seed_of(record):
+    return record["options"]["seed"]
+
+
+def by_network(key):
+    """What an (arch, label) is sorted by: depth, width, label."""
+    arch, label = key
+    return parse_arch(arch), label
 
 
 def read_published():
@@ -220,9 +223,9 @@ def print_what_trains(runs, published):
             ours[key] = records
     archs = {arch for arch, label in ours if label not in ("bn", "all")}
     keys = set(ours)
-    for arch, train in published:
-        if arch in archs and train not in ("bn", "all"):
-            keys.add((arch, train))
+    for arch, label in published:
+        if arch in archs and label not in ("bn", "all"):
+            keys.add((arch, label))
     rows = []
     for arch, label in sorted(keys, key=by_network):
         records = ours.get((arch, label), [])
@@ -232,12 +235,6 @@ def print_what_trains(runs, published):
                      theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
-
-
-def by_network(key):
-    """What an (arch, label) is sorted by: depth, width, label."""
-    arch, label = key
-    return parse_arch(arch), label
 
 
 def print_normalizations(runs):
@@ -347,28 +344,25 @@ def relu_table(model, images, labels):
     which a feature is positive, on average; "disabled", the share of features that are positive at
     less than 1 % of their positions. Both shares are in percent, in fp32.
     """
-    fires = {}   # by ReLU: (C,), the share of positive positions, added up over images
+    fires = {}   # by name of the ReLU: (C,), the share of positive positions, added up over images
 
-    def count(module, inputs, output):
+    def count(name, module, inputs, output):
         """output: (B, C, H, W)"""
         share_of_image = (output > 0).float().mean((2, 3))   # (B, C)
-        fires[module] += share_of_image.sum(0).cpu().double()
+        fires[name] += share_of_image.sum(0).cpu().double()
 
     hooks = []
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.ReLU):
-            fires[module] = 0
-            hooks.append(module.register_forward_hook(count))
+            fires[name] = 0
+            hooks.append(module.register_forward_hook(functools.partial(count, name)))
     evaluate(model, images, labels, "off")
     for hook in hooks:
         hook.remove()
 
     table = []
     for kind, end in RELUS.items():
-        of_kind = []
-        for name, module in model.named_modules():
-            if module in fires and name.endswith(end):
-                of_kind.append(fires[module])
+        of_kind = [share for name, share in fires.items() if name.endswith(end)]
         shares = torch.cat(of_kind) / len(images)
         table.append({
             "relu": kind,
@@ -419,7 +413,7 @@ def draw(runs, published, folder):
         file = folder / f"{name}.svg"
         figure.savefig(file, transparent=True, metadata={"Date": None})
         print(f"wrote {file}")
-    others = sorted({train for _, train in runs} - set(LOOKS))
+    others = sorted({label for _, label in runs} - set(LOOKS))
     if others:
         print(f"only in the tables: {'; '.join(others)}")
     return figures
@@ -445,9 +439,9 @@ def add_legend(figure):
                   frameon=False)
 
 
-def look_of(arch, train):
-    """Color and legend of a network."""
-    return WIDE if train == "bn" and is_wide(arch) else LOOKS[train]
+def look_of(arch, label):
+    """The color of a network in the figures, and its name in their legend."""
+    return WIDE if label == "bn" and is_wide(arch) else LOOKS[label]
 
 
 def annotate(ax, arch, point, color, side):
@@ -461,32 +455,32 @@ def draw_accuracy(runs, published):
     figure, [ax] = new_figure("BatchNorm parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    for train in ("bn", "random"):
-        archs = networks_of(runs, published, train)
-        draw_networks(ax, runs, published, train, [arch for arch in archs if not is_wide(arch)])
-        draw_networks(ax, runs, published, train, [arch for arch in archs if is_wide(arch)])
+    for label in ("bn", "random"):
+        archs = networks_of(runs, published, label)
+        draw_networks(ax, runs, published, label, [arch for arch in archs if not is_wide(arch)])
+        draw_networks(ax, runs, published, label, [arch for arch in archs if is_wide(arch)])
     return figure
 
 
-def draw_networks(ax, runs, published, train, archs):
+def draw_networks(ax, runs, published, label, archs):
     """A point for each run of these networks, a line through the means, and the paper's values."""
     means = []    # each is (number of BatchNorm parameters, accuracy)
     papers = []
     for arch in archs:
-        color, label = look_of(arch, train)
+        color, legend = look_of(arch, label)
         count = counts_of(arch)["bn"]
-        values = accuracies(runs.get((arch, train), []))
+        values = accuracies(runs.get((arch, label), []))
         if values:
-            ax.plot([count] * len(values), values, "o", color=color, label=f"{label}, here")
+            ax.plot([count] * len(values), values, "o", color=color, label=f"{legend}, here")
             means.append((count, np.mean(values)))
-        if (arch, train) in published:
-            papers.append((count, published_number(published[arch, train]["paper"])))
-        point = papers[-1] if (arch, train) in published else means[-1]
+        if (arch, label) in published:
+            papers.append((count, published_number(published[arch, label]["paper"])))
+        point = papers[-1] if (arch, label) in published else means[-1]
         annotate(ax, arch, point, color, "left" if is_wide(arch) else "right")
     if means:
         ax.plot(*np.transpose(means), "-", color=color)
     if papers:
-        ax.plot(*np.transpose(papers), "o:", mfc="none", color=color, label=f"{label}, paper")
+        ax.plot(*np.transpose(papers), "o:", mfc="none", color=color, label=f"{legend}, paper")
 
 
 def published_number(text):
@@ -502,13 +496,13 @@ def draw_gamma(runs):
     edges = np.arange(32) / 20
     for arch, ax in zip(archs, axes):
         ax.set_title(arch)
-        for train in ("all", "bn"):
-            values = stored_gammas(runs.get((arch, train), []))
+        for label in ("all", "bn"):
+            values = stored_gammas(runs.get((arch, label), []))
             if values:
                 counts, _ = np.histogram(np.abs(values), edges)
-                color, label = look_of(arch, train)
+                color, legend = look_of(arch, label)
                 ax.stairs(100 * counts / len(values), edges, fill=True, alpha=0.6, color=color,
-                          label=label)
+                          label=legend)
     return figure
 
 
@@ -526,16 +520,16 @@ def stored_gammas(records):
 def draw_pruning(runs):
     """Accuracy against the share of gammas set to zero, a point for each threshold."""
     figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
-    for (arch, train), records in runs.items():
-        if train in LOOKS and pruned_rows(records, 0.0):
-            color, label = look_of(arch, train)
+    for (arch, label), records in runs.items():
+        if label in LOOKS and pruned_rows(records, 0.0):
+            color, legend = look_of(arch, label)
             shares = []
             means = []
             for threshold in [0.0] + THRESHOLDS:
                 rows = pruned_rows(records, threshold)
                 shares.append(np.mean([row["pruned"] for row in rows]))
                 means.append(np.mean([row["test_accuracy"] for row in rows]))
-            ax.plot(shares, means, "o-", color=color, label=label)
+            ax.plot(shares, means, "o-", color=color, label=legend)
             annotate(ax, arch, (shares[0], means[0]), color, "right")
     return figure
 
@@ -543,14 +537,14 @@ def draw_pruning(runs):
 def draw_epochs(runs):
     """Accuracy after each epoch, means over runs."""
     figure, [ax] = new_figure("epoch", "test accuracy (%)")
-    for (arch, train), records in runs.items():
-        if train in LOOKS:
-            color, label = look_of(arch, train)
+    for (arch, label), records in runs.items():
+        if label in LOOKS:
+            color, legend = look_of(arch, label)
             curves = []
             for record in records:
                 curves.append([epoch["test_accuracy"] for epoch in record["epochs"]])
             means = np.mean(curves, axis=0)
-            ax.plot(range(1, len(means) + 1), means, color=color, label=label)
+            ax.plot(range(1, len(means) + 1), means, color=color, label=legend)
             annotate(ax, arch, (len(means), means[-1]), color, "left")
     return figure
 

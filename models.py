@@ -130,24 +130,24 @@ def build_model(arch, seed, norm="batch", bn_init="uniform", weight_init="kaimin
     return model
 
 
-def is_normalization(module):
-    """Whether a module has parameters of its own, and all of them are vectors, as BatchNorm's."""
-    parameters = list(module.parameters(recurse=False))
-    return len(parameters) > 0 and all(parameter.dim() == 1 for parameter in parameters)
-
-
-def gammas_and_betas(model):
-    """The (name, gamma, beta) of each normalization layer in the model's order; both are (C,).
+def gamma_and_beta(module):
+    """The gamma and beta of a normalization, both (C,), or None for any other module.
 
     They are its `weight` and `bias`; with weight normalization, gamma is the gain of a convolution.
     """
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, WeightNormConv2d):
-            layers.append((name, module.gain, module.bias))
-        elif is_normalization(module):
-            layers.append((name, module.weight, module.bias))
-    return layers
+    if isinstance(module, WeightNormConv2d):
+        return module.gain, module.bias
+    weight = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    if weight is None or bias is None or weight.dim() != 1:
+        return None
+    return weight, bias
+
+
+def gammas_and_betas(model):
+    """The (gamma, beta) of each normalization in the model's order."""
+    pairs = [gamma_and_beta(module) for module in model.modules()]
+    return [pair for pair in pairs if pair is not None]
 
 
 # --- initial values
@@ -161,13 +161,10 @@ def initialize(model, seed, bn_init, weight_init):
     the linear bias U(-b, b), b = fan_in ** -0.5 (PyTorch's default), and with weight normalization,
     gain = gamma |v|.
     All draws come from NumPy's legacy RandomState, module by module, because its stream is frozen
-    (NEP 19): a name and a seed mean the same features on every machine and in every version.
+    (NEP 19): up to rounding, a seed means the same features on every machine and in every version.
     """
     rng = np.random.RandomState(seed)
-    affine = {}
-    for name, gamma, beta in gammas_and_betas(model):
-        affine[name] = (gamma, beta)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.weight
             z = rng.standard_normal(tuple(weight.shape))
@@ -177,8 +174,9 @@ def initialize(model, seed, bn_init, weight_init):
             draws = rng.uniform(-1, 1, len(module.bias))
             bias = draws / math.sqrt(module.in_features)
             module.bias.copy_(torch.from_numpy(bias))
-        if name in affine:
-            gamma, beta = affine[name]
+        affine = gamma_and_beta(module)
+        if affine is not None:
+            gamma, beta = affine
             gamma_values, beta_values = BN_INITS[bn_init](rng.uniform(0, 1, len(gamma)))
             gamma.copy_(torch.from_numpy(gamma_values))
             beta.copy_(torch.from_numpy(beta_values))

@@ -30,13 +30,13 @@ THRESHOLDS = [0.001, 0.01, 0.02, 0.05, 0.1, 0.2]
 
 def gammas(model):
     """All gammas of a network as one vector on the CPU, in the order of its layers."""
-    return torch.cat([gamma.detach() for _, gamma, _ in gammas_and_betas(model)]).cpu()
+    return torch.cat([gamma.detach() for gamma, _ in gammas_and_betas(model)]).cpu()
 
 
 @torch.no_grad()
 def zero_gammas(model, threshold):
     """Set every gamma with |gamma| < threshold to zero. Beta stays: such a feature is constant."""
-    for _, gamma, _ in gammas_and_betas(model):
+    for gamma, _ in gammas_and_betas(model):
         gamma[gamma.abs() < threshold] = 0
 
 

@@ -37,13 +37,13 @@ from models import (
     Block,
     WeightNormConv2d,
     build_model,
-    is_normalization,
+    gamma_and_beta,
     parse_arch,
 )
 
 # The options that make a run what it is. The defaults are those of OpenLTH, the authors' code,
-# which we take for the paper's. An option with another value is in the name of the run's files, and
-# in its row of every table (which leaves out seed and amp).
+# which we take for the paper's. An option with another value is in the name of the run's files,
+# and, but for seed and amp, in what the tables call the run.
 RECIPE = {
     "arch": "resnet14",
     "train": "all",
@@ -116,6 +116,20 @@ def normalization_constants(device):
     return torch.tensor(channels, dtype=torch.float32, device=device)
 
 
+def batches(padded, labels, size, rng):
+    """The batches of an epoch, in a new order: normalized images (B, 3, 32, 32), labels (B,).
+
+    padded: see `augment`; labels: (N,), on the same device; size: of all batches but the last,
+    which is smaller, as in OpenLTH.
+    """
+    draws = draw_augmentation(len(padded), rng)
+    order, offset, flip = (tensor.to(padded.device) for tensor in draws)
+    for begin in range(0, len(padded), size):
+        batch = slice(begin, begin + size)
+        images = augment(padded, order[batch], offset[batch], flip[batch])
+        yield normalize(images), labels[order[batch]]
+
+
 # --- what trains
 
 # The groups of parameters, as functions of a module and the name that one of its own parameters
@@ -137,7 +151,7 @@ def in_bn(module, name):
     """The normalization's own parameters, whichever it is; with batch, its gamma and beta."""
     if isinstance(module, WeightNormConv2d):
         return name.endswith((".gain", ".bias"))
-    return is_normalization(module)
+    return gamma_and_beta(module) is not None
 
 
 def in_not_bn(module, name):
@@ -245,13 +259,18 @@ def count_parameters(model):
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
+def autocast(device, precision):
+    """The context in which a network computes in a precision, a key of AMP_DTYPES."""
+    return torch.autocast(device.type, AMP_DTYPES[precision], enabled=precision != "off")
+
+
 def train_step(model, optimizer, scaler, precision, images, labels):
     """One step of SGD on normalized images (B, 3, 32, 32) and their labels (B,).
 
     precision: a key of AMP_DTYPES. Returns (mean loss, number of correct predictions), tensors
     without dimensions.
     """
-    with torch.autocast(images.device.type, AMP_DTYPES[precision], enabled=precision != "off"):
+    with autocast(images.device, precision):
         logits = model(images)
     if precision != "off":
         logits = logits.float()   # the loss is computed in fp32 (a test has a network in float64)
@@ -274,9 +293,9 @@ def learning_rate(lr, epoch, epochs):
 
 @torch.no_grad()
 def evaluate(model, images, labels, precision):
-    """Accuracy in percent on uint8 images (N, 32, 32, 3), by running statistics.
+    """Accuracy in percent on uint8 images (N, 32, 32, 3). Leaves the model in evaluation mode.
 
-    precision: a key of AMP_DTYPES. Leaves the model in evaluation mode.
+    precision: a key of AMP_DTYPES.
     """
     model.eval()
     size = 125   # fits the caches of a CPU
@@ -285,7 +304,7 @@ def evaluate(model, images, labels, precision):
         size = max(125, 16_000 // model.conv.out_channels)
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
-        with torch.autocast(images.device.type, AMP_DTYPES[precision], enabled=precision != "off"):
+        with autocast(images.device, precision):
             logits = model(normalize(batch))
         correct += (logits.argmax(1) == batch_labels).sum()
     return 100 * correct.item() / len(images)
@@ -302,10 +321,9 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
     test_images, test_labels = (tensor.to(args.device) for tensor in test_split)
     padded = F.pad(train_images, (0, 0, 4, 4, 4, 4))   # (N, 40, 40, 3)
     n = len(padded)
-    size = min(args.batch_size, n)
-    last_size = n % size or size   # the last batch of an epoch is smaller, see OpenLTH
-    steps = math.ceil(n / size)
-    step = make_step(model, optimizer, scaler, run["precision"], size, last_size, args)
+    steps = math.ceil(n / args.batch_size)
+    last_size = n - (steps - 1) * args.batch_size
+    step = make_step(model, optimizer, scaler, run["precision"], args.batch_size, last_size, args)
 
     first_epoch = len(run["epochs"])
     for epoch in range(first_epoch, args.epochs):
@@ -313,14 +331,9 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
         lr = learning_rate(args.lr, epoch, args.epochs)
         set_learning_rate(optimizer, lr)
         model.train()
-        draws = draw_augmentation(n, rng)
-        order, offset, flip = (tensor.to(args.device) for tensor in draws)
         losses = []   # tensors, because reading a number makes the host wait for the device
         total_correct = 0
-        for begin in range(0, n, size):
-            batch = slice(begin, begin + size)
-            images = normalize(augment(padded, order[batch], offset[batch], flip[batch]))
-            labels = train_labels[order[batch]]
+        for images, labels in batches(padded, train_labels, args.batch_size, rng):
             loss, correct = step(images, labels)
             losses.append(loss * len(labels))
             total_correct += correct
@@ -328,9 +341,7 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
                 loss.item()   # waits for the device
                 seconds_a_step = (time.perf_counter() - start_time) / len(losses)
                 print_estimate(seconds_a_step * steps, args.epochs - epoch, args.device)
-            if sys.stdout.isatty() and len(losses) % 10 == 1:
-                print(f"{epoch + 1:3}/{args.epochs}  image {begin:6,} of {n:,}", end="\r",
-                      flush=True)
+            print_progress(epoch, args.epochs, len(losses), steps)
         train_loss = sum(torch.stack(losses).tolist()) / n
         train_seconds = time.perf_counter() - start_time
         if not math.isfinite(train_loss):
@@ -349,29 +360,7 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
             "images_per_second": round(n / train_seconds, 1),        # without it
         })
         save(args.out, run, model, optimizer, scaler, rng)   # before printing, which can fail
-        if epoch == first_epoch:
-            print("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
-        print_epoch(run["epochs"], args.epochs)
-
-
-def print_estimate(seconds, epochs, device):
-    """How long the epochs of a start will take, from the seconds of one, without evaluation."""
-    minutes = seconds * epochs / 60
-    duration = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
-    memory = ""
-    if device.type == "cuda":
-        memory = f", {torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
-    print(f"about {seconds:.0f} s an epoch, {duration} for {epochs} epochs{memory}", flush=True)
-
-
-def print_epoch(done, epochs):
-    """Print the last of the epochs that are done, and how long the others will take."""
-    seconds = np.mean([epoch["seconds"] for epoch in done[-10:]])
-    time_left = datetime.timedelta(seconds=round((epochs - len(done)) * seconds))
-    last = done[-1]
-    print(f"{last['epoch']:3}/{epochs:<3} {last['train_loss']:11.4f} "
-          f"{last['train_accuracy']:8.2f} % {last['test_accuracy']:8.2f} % {last['lr']:7.4g} "
-          f"{last['seconds']:8.1f} {last['images_per_second']:9,.0f} {time_left!s:>10}", flush=True)
+        print_epoch(run["epochs"], first_epoch, args.epochs)
 
 
 # --- the control: two random weights per output channel
@@ -513,7 +502,7 @@ def make_fast(step, model, size, last_size):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)   # at most five kinds, whatever the depth
-    eager_step = eager(step)
+    eager_step = torch.compiler.set_stance("force_eager")(step)   # not compiled
     for part, attempt in [("CUDA graphs of compiled blocks", step),
                           ("CUDA graphs", eager_step)]:
         try:
@@ -525,28 +514,21 @@ def make_fast(step, model, size, last_size):
     return eager_step
 
 
-def eager(step):
-    """The same step with the blocks as they stand, not compiled."""
-    def eager_step(images, labels):
-        with torch.compiler.set_stance("force_eager"):
-            return step(images, labels)
-    return eager_step
-
-
 def capture_all(step, size, last_size):
     """The step as one CUDA graph for each batch size, in one pool of memory."""
     steps = {size: step}
     if last_size != size:
-        steps[last_size] = eager(step)   # one batch of an epoch is not worth compiling for
+        # One batch of an epoch is not worth compiling for.
+        steps[last_size] = torch.compiler.set_stance("force_eager")(step)
     stream = torch.cuda.Stream()
     pool = torch.cuda.graph_pool_handle()
-    batches = {n: blank_batch(n) for n in steps}
+    static = {n: blank_batch(n) for n in steps}
     # All warm-ups come before all captures, because a capture can't use the memory of a warm-up.
     for n, step_of_size in steps.items():
-        warm_up(step_of_size, batches[n], stream)
+        warm_up(step_of_size, static[n], stream)
     replays = {}
     for n, step_of_size in steps.items():
-        replays[n] = capture(step_of_size, batches[n], stream, pool)
+        replays[n] = capture(step_of_size, static[n], stream, pool)
 
     def replay_for_size(images, labels):
         return replays[len(images)](images, labels)
@@ -733,6 +715,8 @@ def load_checkpoint(path):
         require(set(missing) == set(frozen) and not unexpected,
                 f"its tensors are not those of {name_of(checkpoint['options'])}")
     except Exception as error:   # whatever a damaged file makes the readers raise
+        if is_out_of_memory(error):
+            raise
         reason = one_line(error).split(". ")[0]   # PyTorch's goes on with advice
         raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
     return model.eval(), checkpoint
@@ -883,7 +867,7 @@ def claim(path, content):
 
 
 def describe_start(first_epoch, args):
-    """What a run records of a start: where the code and the machine come from."""
+    """What a run records of a start: its first epoch, the code, PyTorch and the machine."""
     hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
     if args.device.type == "cuda":
         hardware = torch.cuda.get_device_name(args.device)
@@ -892,6 +876,7 @@ def describe_start(first_epoch, args):
         "plain": args.plain,
         "commit": commit(),
         "torch": str(torch.__version__),
+        "device": args.device.type,
         "hardware": hardware,
     }
 
@@ -914,6 +899,37 @@ def commit():
     except OSError:   # git is not installed
         return None
     return git.stdout.strip() or None
+
+
+# --- what a run prints
+
+
+def print_estimate(seconds, epochs, device):
+    """How long the epochs of a start will take, from the seconds of one, without evaluation."""
+    minutes = seconds * epochs / 60
+    duration = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
+    memory = ""
+    if device.type == "cuda":
+        memory = f", {torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
+    print(f"about {seconds:.0f} s an epoch, {duration} for {epochs} epochs{memory}", flush=True)
+
+
+def print_progress(epoch, epochs, done, steps):
+    """On a terminal, print how far an epoch is, in a line that the next one overwrites."""
+    if sys.stdout.isatty() and done % 10 == 1:
+        print(f"{epoch + 1:3}/{epochs}  step {done:4} of {steps}", end="\r", flush=True)
+
+
+def print_epoch(done, first_epoch, epochs):
+    """Print the last of the epochs that are done, and how long the others will take."""
+    if len(done) == first_epoch + 1:
+        print("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
+    seconds = np.mean([epoch["seconds"] for epoch in done[-10:]])
+    time_left = datetime.timedelta(seconds=round((epochs - len(done)) * seconds))
+    last = done[-1]
+    print(f"{last['epoch']:3}/{epochs:<3} {last['train_loss']:11.4f} "
+          f"{last['train_accuracy']:8.2f} % {last['test_accuracy']:8.2f} % {last['lr']:7.4g} "
+          f"{last['seconds']:8.1f} {last['images_per_second']:9,.0f} {time_left!s:>10}", flush=True)
 
 
 # --- CIFAR-10's files, and the synthetic set
