@@ -357,9 +357,11 @@ def test_switchable_norm_evaluates_by_running_statistics():
 
 
 def test_bn_inits():
-    """gamma and beta are functions of the same draws, as OpenLTH names them. Other weights stay."""
+    """gamma and beta are functions of draws from U(0, 1), as OpenLTH names them. The rest stays."""
     default = models.build_model("resnet8", 0)
-    u = default.bn.weight   # from U(0, 1)
+    levels = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    torch.testing.assert_close(prune.gammas(default).quantile(levels), levels, rtol=0, atol=0.05)
+    u = default.bn.weight
     zeros = torch.zeros(16)
     ones = torch.ones(16)
     expected = {
@@ -375,14 +377,17 @@ def test_bn_inits():
         assert torch.equal(model.stage3[0].conv2.weight, default.stage3[0].conv2.weight)
 
 
-def test_binary_and_kaiming_uniform_weights():
-    """The default's signs times std; and U(-b, b), b = sqrt(3) std, by its quantiles."""
+def test_normal_uniform_and_binary_weights():
+    """N(0, std^2), and U(-b, b) with b = sqrt(3) std, by quantiles; the first's signs times std."""
     weights = {}
     for weight_init in ("kaiming_normal", "kaiming_uniform", "binary"):
         model = models.build_model("resnet8", 0, weight_init=weight_init)
         weights[weight_init] = model.stage3[0].conv2.weight.flatten()   # from 576 inputs
     std = (2 / 576) ** 0.5
     torch.testing.assert_close(weights["binary"], std * weights["kaiming_normal"].sign())
+    below = torch.tensor([0.0228, 0.1587, 0.5, 0.8413, 0.9772])   # -2, -1, 0, 1, 2 deviations
+    quantiles = weights["kaiming_normal"].quantile(below) / std
+    torch.testing.assert_close(quantiles, torch.arange(-2.0, 3), rtol=0, atol=0.05)
     levels = torch.linspace(0, 1, 5)
     quantiles = weights["kaiming_uniform"].quantile(levels) / (3 ** 0.5 * std)
     torch.testing.assert_close(quantiles, 2 * levels - 1, rtol=0, atol=0.03)
@@ -909,7 +914,7 @@ def test_scripts_compute_fp32_in_full(script, checkpoint):
 
 @pytest.fixture
 def fresh_compiler():
-    """PyTorch compiles a block eight times, then no more; and failures make it stop."""
+    """Without the compilations of other tests, of which PyTorch keeps eight for each function."""
     torch._dynamo.reset()
     yield
     torch.compiler.set_stance("default")
@@ -973,7 +978,7 @@ def test_fast_equals_plain(mode, device, arch, dtype, lr, tolerance, fresh_compi
     ("resnet14", "--bn-only"),
     ("resnet20", "--train random"),
 ])
-def test_five_compilations_whatever_the_depth(arch, words, fresh_compiler):
+def test_five_compilations_whatever_the_depth(arch, words, fresh_compiler, monkeypatch):
     """Blocks with identity shortcuts in three stages, with projections in two; of static sizes."""
     compilations = []
 
@@ -982,14 +987,13 @@ def test_five_compilations_whatever_the_depth(arch, words, fresh_compiler):
         assert not any(isinstance(value, torch.SymInt) for value in inputs)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    model, step, _, _ = prepare("--arch", arch, *words.split())
-    for module in model.modules():
-        if isinstance(module, models.Block):
-            module.compile(dynamic=False, backend=count_and_compile)
-    losses = [step(*batch())[0] for _ in range(3)]
-    with torch.compiler.set_stance("force_eager"):
-        step(*batch(7))
-    assert len(compilations) == 5
+    monkeypatch.setattr(train, "capture_all", lambda step, size, last_size: step)
+    model, plain_step, _, _ = prepare("--arch", arch, *words.split())
+    step = train.make_fast(plain_step, model, 16, 7)
+    with torch.compiler.set_stance("default", force_backend=count_and_compile):
+        losses = [step(*batch())[0] for _ in range(3)]
+        assert len(compilations) == 5
+        step(*batch(12))   # of which the sizes are static, too
     assert losses[2] < losses[0]
 
 
@@ -1039,10 +1043,7 @@ def test_lack_of_memory_in_the_fast_path_is_not_hidden(fresh_compiler, monkeypat
 
 @cuda
 def test_a_run_on_a_gpu_has_the_losses_of_a_cpu(tiny, monkeypatch, capsys):
-    """By CUDA graphs of both batch sizes, interrupted after an epoch and resumed, in fp32.
-
-    No graph can hold an operation that waits for the device.
-    """
+    """By CUDA graphs of both batch sizes, interrupted after an epoch and resumed, in fp32."""
     words = [*SMALL, "--bn-only", "--amp", "off"]
     assert run_script(train, *words, "--out", "cpu.pt") == 0
     words += ["--device", "cuda", "--out", "gpu.pt"]

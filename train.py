@@ -136,6 +136,10 @@ def batches(padded, labels, size, rng):
 # has in the network, such as "stage2.0.shortcut.1.weight".
 
 
+def is_conv_weight(module, name):
+    return isinstance(module, nn.Conv2d) and name.endswith("weight")
+
+
 def in_all(module, name):
     """Every parameter."""
     return True
@@ -143,8 +147,7 @@ def in_all(module, name):
 
 def in_conv(module, name):
     """Weights of the convolutions, but for those of the shortcuts."""
-    is_conv = isinstance(module, nn.Conv2d) and ".shortcut." not in name
-    return is_conv and name.endswith(".weight")
+    return is_conv_weight(module, name) and "shortcut" not in name.split(".")
 
 
 def in_bn(module, name):
@@ -171,13 +174,12 @@ def in_beta(module, name):
 
 def in_shortcut(module, name):
     """Weights of the shortcuts' convolutions, without BatchNorm, as the paper's table counts."""
-    is_shortcut = isinstance(module, nn.Conv2d) and ".shortcut." in name
-    return is_shortcut and name.endswith(".weight")
+    return is_conv_weight(module, name) and "shortcut" in name.split(".")
 
 
 def in_shortcut_bn(module, name):
     """The normalization of the shortcuts alone, which is also in the group bn."""
-    return in_bn(module, name) and ".shortcut." in name
+    return in_bn(module, name) and "shortcut" in name.split(".")
 
 
 def in_output(module, name):
@@ -578,10 +580,9 @@ def training_state(model, optimizer, scaler):
 @torch.no_grad()
 def put_back(state, model, optimizer, scaler):
     """Copy a training_state into the tensors in use, because a CUDA graph holds their addresses."""
-    current = training_state(model, optimizer, scaler)
-    for name, value in state["model"].items():
-        current["model"][name].copy_(value)
-    for buffer, value in zip(current["momentum"], state["momentum"], strict=True):
+    model.load_state_dict(state["model"], strict=False)   # without what is frozen
+    momentum = training_state(model, optimizer, scaler)["momentum"]
+    for buffer, value in zip(momentum, state["momentum"], strict=True):
         buffer.copy_(value)
     scaler.load_state_dict(state["scaler"])
 
@@ -984,7 +985,7 @@ def fetch_batches(data_dir, folder):
         if folder.exists():   # another process was faster, and os.rename has failed
             return
         if is_new and data_dir.exists() and not any(data_dir.iterdir()):
-            data_dir.rmdir()
+            os.removedirs(data_dir)   # with the parents that were made for it
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and can't be downloaded ({one_line(error)}): get "
             f"{cifar10.url} elsewhere and put it there, whole, as {cifar10.filename}") from error
