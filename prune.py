@@ -72,13 +72,15 @@ def load_test_data(checkpoint, data_dir, device):
 def add_to_record(checkpoint_path, checkpoint, name, table):
     """Add a table to the record beside a checkpoint, unless the record has it already.
 
-    Nothing happens if there is no record, or if it has other epochs than the checkpoint.
+    Nothing happens if there is no record, if it has other epochs than the checkpoint, or if the run
+    is not finished: train.py may be writing the record.
     """
     path = record_path(checkpoint_path)
     if not path.exists():
         return
     record = read_record(path)
-    if name not in record and record["epochs"] == checkpoint["epochs"]:
+    is_finished = len(record["epochs"]) == record["options"]["epochs"]
+    if is_finished and record["epochs"] == checkpoint["epochs"] and name not in record:
         record[name] = table
         write_record(path, record)
         print(f"added to {path}")

@@ -1474,9 +1474,10 @@ def test_prune_adds_its_table_to_the_record(checkpoint, capsys):
 @pytest.mark.parametrize("keys, value", [
     (["prune"], []),
     (["epochs", 0, "train_loss"], 3.0),
+    (["options", "epochs"], 4),   # of which three are done
 ])
-def test_prune_leaves_a_record_alone_that_has_a_table_or_other_epochs(keys, value, checkpoint):
-    """The table is printed all the same."""
+def test_prune_leaves_a_record_alone(keys, value, checkpoint):
+    """One that has a table, other epochs, or is not finished. The table is printed all the same."""
     path = pathlib.Path("a.json")
     record = json.loads(path.read_text())
     put_at(record, keys, value)
@@ -1561,6 +1562,8 @@ def test_older_torch_is_refused(script, words, tiny, monkeypatch, capsys):
     """At the start, by every script. As text, 2.9 would come after 2.10."""
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1+cu128"))
     assert "torch 2.9.1+cu128 is too old" in error_of(capsys, 2, script, *words)
+    with pytest.raises(train.UserError, match="is too old"):
+        train.load_checkpoint("a.pt")   # in somebody's own code
 
 
 # --- output

@@ -698,6 +698,7 @@ def load_checkpoint(path):
     pretrained one, can't be read. Raises UserError if the file is no valid checkpoint, an OSError
     if it can't be opened.
     """
+    refuse_old_torch()   # which could run code
     open(path, "rb").close()   # raises an OSError if that is impossible
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
