@@ -137,11 +137,10 @@ def gamma_and_beta(module):
     """
     if isinstance(module, WeightNormConv2d):
         return module.gain, module.bias
-    weight = getattr(module, "weight", None)
-    bias = getattr(module, "bias", None)
-    if weight is None or bias is None or weight.dim() != 1:
-        return None
-    return weight, bias
+    own = dict(module.named_parameters(recurse=False))
+    if "weight" in own and "bias" in own and own["weight"].dim() == 1:
+        return own["weight"], own["bias"]
+    return None
 
 
 def gammas_and_betas(model):

@@ -690,7 +690,8 @@ def test_freeze_of_torchvisions_resnet18():
 ])
 def test_random_refuses_a_convolution_that_it_cannot_keep(kind):
     """Instead of dropping its bias, or whatever it is."""
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, **{"bias": False, **kind}))
+    kind.setdefault("bias", False)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, **kind))
     with pytest.raises(train.UserError, match="plain convolutions without a bias, unlike 0"):
         train.train_two_weights_per_channel(model, 0)
 
@@ -775,7 +776,7 @@ def four_epochs(tmp_path_factory):
 
 def test_every_epoch_has_each_image_once(four_epochs):
     """In a new order, with its label, its own crop and flip. The last batch is smaller."""
-    _, _, steps_of_epochs = four_epochs
+    steps_of_epochs = four_epochs[2]
     all_images, all_labels = tiny_data()[0]
     rng = torch.Generator().manual_seed(5)
     for steps in steps_of_epochs:
@@ -802,7 +803,7 @@ def test_an_epochs_rate_loss_and_accuracy_are_those_of_its_steps(four_epochs):
 
 def test_the_test_accuracy_of_the_last_epoch_is_that_of_the_network(four_epochs):
     """On the test images, by the functional network."""
-    model, epochs, _ = four_epochs
+    model, epochs = four_epochs[:2]
     _, (images, labels) = tiny_data()
     accuracy = functional_accuracy(model, images, labels)
     assert epochs[-1]["test_accuracy"] == pytest.approx(accuracy)
@@ -987,7 +988,10 @@ def test_five_compilations_whatever_the_depth(arch, words, fresh_compiler, monke
         assert not any(isinstance(value, torch.SymInt) for value in inputs)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    monkeypatch.setattr(train, "capture_all", lambda step, size, last_size: step)
+    def no_capture(step, size, last_size):
+        return step
+
+    monkeypatch.setattr(train, "capture_all", no_capture)
     model, plain_step, _, _ = prepare("--arch", arch, *words.split())
     step = train.make_fast(plain_step, model, 16, 7)
     with torch.compiler.set_stance("default", force_backend=count_and_compile):
@@ -1575,7 +1579,7 @@ def test_a_line_for_each_epoch(tiny, monkeypatch, capsys):
     Before, after twenty steps, a line says how long it takes: 40 steps at a second for 20.
     """
     clock = itertools.count()
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train.time, "perf_counter", clock.__next__)
     assert run_script(train, *TO_A, "--batch-size", 1) == 0
     first, estimate, header, *lines, last = capsys.readouterr().out.splitlines()
     assert first == "resnet8 on cpu: 672 of 78,042 parameters train, epochs done: 0 of 3"
@@ -1591,7 +1595,10 @@ def test_a_line_for_each_epoch(tiny, monkeypatch, capsys):
 
 def test_progress_within_an_epoch_on_a_terminal(tiny, monkeypatch, capsys):
     """Every ten steps, in a line that the next one overwrites."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    def isatty():
+        return True
+
+    monkeypatch.setattr(sys.stdout, "isatty", isatty)
     assert run_script(train, *TO_A, "--batch-size", 2) == 0
     output = capsys.readouterr().out
     assert "\r  2/3  step    1 of 20\r  2/3  step   11 of 20\r" in output.replace("\n", "\r")
