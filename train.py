@@ -986,7 +986,7 @@ def fetch_batches(data_dir, folder):
         if folder.exists():   # another process was faster, and os.rename has failed
             return
         if is_new and data_dir.exists() and not any(data_dir.iterdir()):
-            os.removedirs(data_dir)   # with the parents that were made for it
+            data_dir.rmdir()
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and can't be downloaded ({one_line(error)}): get "
             f"{cifar10.url} elsewhere and put it there, whole, as {cifar10.filename}") from error
