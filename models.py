@@ -28,8 +28,8 @@ class Block(nn.Module):
 
     conv3x3, BN, ReLU, conv3x3, BN, add the shortcut, ReLU:
     (B, c_in, H, W) -> (B, c_out, H / stride, W / stride).
-    The shortcut is the identity, or with stride 2 a 1x1 convolution and BN. Instead of BN, `norm`
-    can name another normalization.
+    The shortcut is the identity, or where the size changes a 1x1 convolution and BN. Instead of BN,
+    `norm` can name another normalization.
     """
 
     def __init__(self, c_in, c_out, stride, norm="batch"):
@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.bn2 = NORMS[norm](c_out)
         self.relu2 = nn.ReLU()
         self.shortcut = nn.Identity()
-        if stride == 2:
+        if stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(
                 convolution(c_in, c_out, 1, stride, norm),
                 NORMS[norm](c_out),
@@ -182,6 +182,7 @@ def initialize(model, seed, bn_init, weight_init):
         if isinstance(module, WeightNormConv2d):
             module.gain.mul_(module.direction_norm())
 
+
 # gamma and beta as functions of draws u from U(0, 1), both (C,), named as in OpenLTH.
 
 
@@ -250,8 +251,8 @@ WEIGHT_INITS = {
 
 
 class ContiguousGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm in the default layout: the CPU kernel of torch 2.13 for channels_last is slow,
-    and crashes after the first convolution."""
+    """nn.GroupNorm in the default layout, because the CPU kernel of torch 2.13 for channels_last is
+    slow, and crashes where the input needs no gradient, as after a frozen first convolution."""
 
     def forward(self, x):
         return super().forward(x.contiguous())

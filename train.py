@@ -42,8 +42,8 @@ from models import (
 )
 
 # The options that make a run what it is. The defaults are those of OpenLTH, the authors' code,
-# which we take for the paper's. An option with another value is in the name of the run's files,
-# and, but for seed and amp, in what the tables call the run.
+# which we take for the paper's; that of amp is our choice. The name of a run's files has each
+# option that differs from its default, and so has its row in a table, but for seed and amp.
 RECIPE = {
     "arch": "resnet14",
     "train": "all",
@@ -183,7 +183,7 @@ def in_shortcut_bn(module, name):
 
 
 def in_output(module, name):
-    """Weight and bias of the linear layer, or of all in a network that has more."""
+    """Weights and biases of linear layers. The networks of models.py have one, the last."""
     return isinstance(module, nn.Linear)
 
 
@@ -228,7 +228,10 @@ def freeze(model, train):
 
 
 def network_of(options):
-    """The network of a run's options, on the CPU: initial values drawn, frozen but what trains."""
+    """The network of a run's options, on the CPU, with its initial values, ready to be trained.
+
+    Only what trains requires gradients.
+    """
     model = build_model(options["arch"], options["seed"], options["norm"], options["bn_init"],
                         options["weight_init"])
     if options["train"] == "random":
@@ -275,7 +278,7 @@ def train_step(model, optimizer, scaler, precision, images, labels):
     with autocast(images.device, precision):
         logits = model(images)
     if precision != "off":
-        logits = logits.float()   # the loss is computed in fp32 (a test has a network in float64)
+        logits = logits.float()   # the loss is computed in fp32
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -302,7 +305,7 @@ def evaluate(model, images, labels, precision):
     model.eval()
     size = 125   # fits the caches of a CPU
     if images.is_cuda:
-        # 1,000 images of resnet14 take as much memory as a step.
+        # 1,000 images of resnet14, which take as much memory as a training step of 128.
         size = max(125, 16_000 // model.conv.out_channels)
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
@@ -371,7 +374,8 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
 def train_two_weights_per_channel(model, seed):
     """Let two random weights per output channel of each convolution train, and nothing else.
 
-    Replaces the convolutions. Raises UserError for one whose replacement would compute otherwise.
+    Replaces the convolutions by TwoWeightsConv2d. Raises UserError for one that it can't replace,
+    such as a convolution with a bias.
     """
     model.requires_grad_(False)
     rng = np.random.RandomState([seed, 2])   # a stream of its own
@@ -393,7 +397,7 @@ class TwoWeightsConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv, rng):
-        # On the meta device, because its own weight is replaced at once.
+        # On the meta device, without memory, because conv's weight replaces its own.
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
                          conv.padding, bias=False, device="meta")
         self.weight = conv.weight
@@ -455,7 +459,7 @@ def lay_out(model, precision):
 
 
 def make_optimizer(model, args):
-    """SGD over what trains, its momentum included: a fused one without --plain."""
+    """SGD over what trains, with its momentum buffers. It is fused, unless --plain is given."""
     lr = args.lr
     if args.device.type == "cuda" and not args.plain:
         # A CUDA graph reads the learning rate from memory.
@@ -483,15 +487,15 @@ def make_step(model, optimizer, scaler, precision, size, last_size, args):
 
     size, last_size: of the batches. Leaves network, momentum and scaler as they were.
     """
-    def plain_step(images, labels):
+    def step(images, labels):
         if args.plain:
             images = images.contiguous()   # from channels_last to PyTorch's default layout
         return train_step(model, optimizer, scaler, precision, images, labels)
 
     if args.plain or args.device.type != "cuda":
-        return plain_step
+        return step
     before = copy.deepcopy(training_state(model, optimizer, scaler))
-    fast_step = make_fast(plain_step, model, size, last_size)
+    fast_step = make_fast(step, model, size, last_size)
     put_back(before, model, optimizer, scaler)
     return fast_step
 
@@ -499,7 +503,7 @@ def make_step(model, optimizer, scaler, precision, size, last_size, args):
 def make_fast(step, model, size, last_size):
     """The same step as CUDA graphs of compiled blocks.
 
-    What fails is reported and left out: first compilation, then graphs, too.
+    If that fails, a line says so, and CUDA graphs without compilation are tried, then neither.
     """
     for module in model.modules():
         if isinstance(module, Block):
@@ -588,7 +592,7 @@ def put_back(state, model, optimizer, scaler):
 
 
 def changing_state(model):
-    """{name: tensor} of what trains and of the buffers; a seed gives the other tensors."""
+    """{name: tensor} of what trains and of the buffers. What is frozen, the seed gives again."""
     state = dict(model.state_dict())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -698,7 +702,7 @@ def load_checkpoint(path):
     pretrained one, can't be read. Raises UserError if the file is no valid checkpoint, an OSError
     if it can't be opened.
     """
-    refuse_old_torch()   # which could run code
+    refuse_old_torch()   # because an old one can run code that is in a file
     open(path, "rb").close()   # raises an OSError if that is impossible
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -745,7 +749,7 @@ def update_format(content):
     content["options"]["amp"] = "auto"   # format 3 had the resolved one alone
     if "optimizer" in content:   # a checkpoint
         content["format"] = FORMAT
-        # Without a version, so that BatchNorm accepts that its counter is missing.
+        # It lacks BatchNorm's counters, which BatchNorm adds if the dict has no version number.
         content["model"] = dict(content["model"])
         states = content.pop("optimizer")["state"].values()
         content["momentum"] = [state["momentum_buffer"] for state in states]
@@ -812,7 +816,7 @@ def command(options):
             words.append("--bn-only")
         else:
             words += ["--" + name.replace("_", "-"), str(value)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def begin_run(args):
@@ -1066,7 +1070,7 @@ def add_device_arguments(parser):
 
 
 def make_parser():
-    """The command line of train.py. Its defaults are the paper's recipe."""
+    """The command line of train.py, with RECIPE's defaults."""
     parser = argparse.ArgumentParser(
         description="Train a CIFAR-10 ResNet, or only its BatchNorm (arXiv 2003.00152).")
 
@@ -1119,7 +1123,7 @@ def parse_command_line():
             require(getattr(args, name) > 0, f"argument --{name.replace('_', '-')}: not positive")
         args.out = pathlib.Path(args.out or f"runs/{name_of(vars(args))}.pt")
         require(args.out.suffix == ".pt", f"argument --out: {args.out} does not end in .pt")
-    except ValueError as error:   # of which argparse would hide the text
+    except ValueError as error:   # not by argparse's type=, which would hide its text
         parser.error(str(error))
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("torchrun is not for this: a process trains one network, see README.md", 2)
@@ -1177,7 +1181,8 @@ def one_line(error):
 
 def is_out_of_memory(error):
     """Whether an exception says that memory did not suffice."""
-    texts = ["can't allocate memory", "not enough memory"]   # a CPU's: on Linux and macOS, Windows
+    # What PyTorch says if a CPU's memory does not suffice: on Linux and macOS, on Windows.
+    texts = ["can't allocate memory", "not enough memory"]
     return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or any(text in str(error) for text in texts))
 
