@@ -213,13 +213,14 @@ def print_networks(title, archs, runs, published):
 
 
 def print_what_trains(runs, published):
-    """A row for each network and what was trained of it, with BatchNorm as its normalization.
+    """A row for each network and what was trained of it, but for those of print_normalizations.
 
     Rows that only the paper has are added for networks of which we trained more than bn and all.
     """
     ours = {}
     for key, records in runs.items():
-        if records[0]["options"]["norm"] == "batch":
+        options = records[0]["options"]
+        if options["norm"] == "batch" or options["train"] != "bn":
             ours[key] = records
     archs = {arch for arch, label in ours if label not in ("bn", "all")}
     keys = set(ours)
@@ -390,6 +391,7 @@ SETTINGS = {
     "text.color": "gray",
     "axes.xmargin": 0.16,
     "axes.ymargin": 0.1,
+    "legend.fontsize": "small",
     "svg.hashsalt": "0",   # the same file each time
 }
 
@@ -422,7 +424,7 @@ def draw(runs, published, folder):
 def new_figure(x_label, y_label, panels=1):
     """A figure, and its panels side by side in a list of axes."""
     from matplotlib.figure import Figure
-    figure = Figure((7.5, 4), layout="constrained")
+    figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
     figure.supxlabel(x_label)
     axes[0].set_ylabel(y_label)
