@@ -967,33 +967,43 @@ def load_cifar10(data_dir):
 def fetch_batches(data_dir, folder):
     """Unpack CIFAR-10's archive, which is downloaded unless it is in data_dir, into a new folder.
 
-    The folder appears as a whole, so that any number of processes may do it at once. Raises
-    UserError if the archive in data_dir is another one, or if there can be no download.
+    Raises UserError if the archive in data_dir is another one, or if there can be no download.
     """
     cifar10 = import_cifar10()
-    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
-    is_new = not data_dir.exists()
+    from torchvision.datasets.utils import check_integrity, download_url
     archive = data_dir / cifar10.filename
-    if archive.exists() and not check_integrity(archive, cifar10.tgz_md5):
-        raise UserError(f"{archive} is broken or not CIFAR-10's: replace it, or move it away")
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
-            source = data_dir
-            if not archive.exists():
-                source = temporary
-                print(f"downloading CIFAR-10 (170 MB) from {cifar10.url}", flush=True)
-            download_and_extract_archive(cifar10.url, source, temporary, cifar10.filename,
-                                         cifar10.tgz_md5)
-            os.rename(pathlib.Path(temporary, cifar10.base_folder), folder)
-    except (OSError, RuntimeError) as error:
-        if folder.exists():   # another process was faster, and os.rename has failed
-            return
-        if is_new and data_dir.exists() and not any(data_dir.iterdir()):
-            data_dir.rmdir()
-        raise UserError(
-            f"CIFAR-10 is not in {data_dir} and can't be downloaded ({one_line(error)}): get "
-            f"{cifar10.url} elsewhere and put it there, whole, as {cifar10.filename}") from error
+    if archive.exists():
+        if not check_integrity(archive, cifar10.tgz_md5):
+            raise UserError(f"{archive} is broken or not CIFAR-10's: replace it, or move it away")
+        unpack(archive, folder)
+        return
+    print(f"downloading CIFAR-10 (170 MB) from {cifar10.url}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            download_url(cifar10.url, temporary, cifar10.filename, cifar10.tgz_md5)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"CIFAR-10 is not in {data_dir} and can't be downloaded ({one_line(error)}): get "
+                f"{cifar10.url} elsewhere and put it there, whole, as {cifar10.filename}"
+            ) from error
+        unpack(pathlib.Path(temporary, cifar10.filename), folder)
+
+
+def unpack(archive, folder):
+    """Unpack the folder that an archive holds to this path.
+
+    It appears as a whole, so that any number of processes may do this at once.
+    """
+    from torchvision.datasets.utils import extract_archive
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        extract_archive(archive, temporary)
+        try:
+            os.rename(pathlib.Path(temporary, folder.name), folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # Another process was faster.
 
 
 def import_cifar10():
