@@ -42,8 +42,8 @@ hidden). "Reproduction":
 [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), which says
 that the paper's figures are means of five runs; its own are single runs on 45,000 images, best
 epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
-Gammas and features are measured in fp32, accuracies of runs in their own precision: to run a
-command in bf16 on a CPU, add `--amp bf16`.
+Gammas and features are measured in fp32 (in `results`, those of not-bn in bf16), accuracies of runs
+in their own precision: to run a command in bf16 on a CPU, add `--amp bf16`.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -453,8 +453,8 @@ def annotate(ax, arch, point, color, side):
 
 
 def draw_accuracy(runs, published):
-    """Accuracy against the number of BatchNorm parameters: ours solid, the paper's dotted."""
-    figure, [ax] = new_figure("BatchNorm parameters", "test accuracy (%)")
+    """Accuracy against the number of trained parameters: ours solid, the paper's dotted."""
+    figure, [ax] = new_figure("trained parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     for label in ("bn", "random"):
@@ -466,7 +466,7 @@ def draw_accuracy(runs, published):
 
 def draw_networks(ax, runs, published, label, archs):
     """A point for each run of these networks, a line through the means, and the paper's values."""
-    means = []    # each is (number of BatchNorm parameters, accuracy)
+    means = []    # each is (number of trained parameters, accuracy)
     papers = []
     for arch in archs:
         color, legend = look_of(arch, label)
