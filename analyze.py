@@ -47,7 +47,7 @@ in their own precision: to run a command in bf16 on a CPU, add `--amp bf16`.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
 
-# The kinds of ReLUs, and how their names in the network end: all of them with "".
+# The kinds of ReLUs, and the end of their names in the network, which is "" for all.
 RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
 
@@ -78,14 +78,14 @@ def read_results(folder):
         runs.setdefault(key, []).append(record)
     for records in runs.values():
         records.sort(key=seed_of)
-    return {key: runs[key] for key in sorted(runs, key=by_network)}, left_out
+    return {key: runs[key] for key in sorted(runs, key=network_order)}, left_out
 
 
 def seed_of(record):
     return record["options"]["seed"]
 
 
-def by_network(key):
+def network_order(key):
     """What an (arch, label) is sorted by: depth, width, label."""
     arch, label = key
     return parse_arch(arch), label
@@ -213,7 +213,7 @@ def print_networks(title, archs, runs, published):
 
 
 def print_what_trains(runs, published):
-    """A row for each network and what was trained of it, but for those of print_normalizations.
+    """A row for each network and what was trained of it, but other normalizations trained alone.
 
     Rows that only the paper has are added for networks of which we trained more than bn and all.
     """
@@ -228,7 +228,7 @@ def print_what_trains(runs, published):
         if arch in archs and label not in ("bn", "all"):
             keys.add((arch, label))
     rows = []
-    for arch, label in sorted(keys, key=by_network):
+    for arch, label in sorted(keys, key=network_order):
         records = ours.get((arch, label), [])
         counts = records[0]["parameters"] if records else counts_of(arch, label)
         theirs = published.get((arch, label), NOT_PUBLISHED)
@@ -442,7 +442,7 @@ def add_legend(figure):
 
 
 def look_of(arch, label):
-    """The color of a network in the figures, and its name in their legend."""
+    """The color of runs in the figures, and what the legend says of it."""
     return WIDE if label == "bn" and is_wide(arch) else LOOKS[label]
 
 
@@ -477,6 +477,7 @@ def draw_networks(ax, runs, published, label, archs):
             means.append((count, np.mean(values)))
         if (arch, label) in published:
             papers.append((count, published_number(published[arch, label]["paper"])))
+        # Beside the paper's value, if there is one.
         point = papers[-1] if (arch, label) in published else means[-1]
         annotate(ax, arch, point, color, "left" if is_wide(arch) else "right")
     if means:

@@ -37,6 +37,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))   # for small networks
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 real_images = pytest.mark.skipif("CIFAR10_DIR" not in os.environ, reason="CIFAR10_DIR is not set")
+# pytest evaluates the text, with its own `config`.
 slow = pytest.mark.skipif("'slow' not in config.option.keyword", reason="slow: pytest -q -k slow")
 
 # A network, data and batches that a CPU trains on in a second.
@@ -1560,8 +1561,26 @@ def test_divergence_keeps_the_older_checkpoint(tiny, monkeypatch, capsys):
     assert len(epochs_of("a.pt")) == 1
 
 
+def test_divergence_in_the_last_step_of_an_epoch_is_not_saved(tiny, monkeypatch, capsys):
+    """Its loss is of the parameters before it, so that only these tell."""
+    numbers = itertools.count(1)
+    step = train.train_step
+
+    def spoiling_step(model, *args):
+        result = step(model, *args)
+        if next(numbers) == 6:   # the last one of epoch 2
+            model.bn.bias.data.fill_(math.inf)
+        return result
+
+    monkeypatch.setattr(train, "train_step", spoiling_step)
+    assert "in epoch 2, which is not saved" in error_of(capsys, 1, train, *TO_A)
+    assert len(epochs_of("a.pt")) == 1
+
+
 @pytest.mark.parametrize("error, says", [
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB."), "CUDA out of memory"),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "CUDA error"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "cuDNN"),
     (MemoryError(), "MemoryError"),
     (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), "enforce"),
     (RuntimeError("[enforce fail] not enough memory: 9 bytes"), "enforce"),
@@ -1604,6 +1623,15 @@ def test_a_line_for_each_epoch(tiny, monkeypatch, capsys):
             f"{epoch['train_accuracy']:.2f}", "%", f"{epoch['test_accuracy']:.2f}", "%",
             f"{epoch['lr']:g}"]
     assert last == "next: python prune.py a.pt"
+
+
+def test_time_left_is_that_of_this_start(checkpoint, capsys):
+    """A resumed run may have begun on another machine."""
+    done = epochs_of(checkpoint)
+    for epoch, seconds in zip(done, [1000, 1000, 10], strict=True):
+        epoch["seconds"] = seconds
+    train.print_epoch(done, first_epoch=2, epochs=5)
+    assert capsys.readouterr().out.endswith(" 0:00:20\n")
 
 
 def test_progress_within_an_epoch_on_a_terminal(tiny, monkeypatch, capsys):

@@ -42,8 +42,9 @@ from models import (
 )
 
 # The options that make a run what it is. The defaults are those of OpenLTH, the authors' code,
-# which we take for the paper's; that of amp is our choice. The name of a run's files has each
-# option that differs from its default, and so has its row in a table, but for seed and amp.
+# which we take for the paper's; that of amp is our choice. The name of a run's files has arch,
+# train, seed, and every other option that differs from its default. The name of its row in a
+# table has the same, without seed and amp.
 RECIPE = {
     "arch": "resnet14",
     "train": "all",
@@ -173,7 +174,7 @@ def in_beta(module, name):
 
 
 def in_shortcut(module, name):
-    """Weights of the shortcuts' convolutions, without BatchNorm, as the paper's table counts."""
+    """Weights of the shortcuts' convolutions, without their BatchNorm, as in the paper's table."""
     return is_conv_weight(module, name) and "shortcut" in name.split(".")
 
 
@@ -349,8 +350,10 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
             print_progress(epoch, args.epochs, len(losses), steps)
         train_loss = sum(torch.stack(losses).tolist()) / n
         train_seconds = time.perf_counter() - start_time
-        if not math.isfinite(train_loss):
-            raise UserError(f"training diverged: the loss is not finite in epoch {epoch + 1}, "
+        # The last step can spoil what trains without a loss that tells it.
+        is_finite = all(p.isfinite().all() for p in trained_parameters(model))
+        if not math.isfinite(train_loss) or not is_finite:
+            raise UserError(f"training diverged: a value is not finite in epoch {epoch + 1}, "
                             "which is not saved; try a lower --lr, or --amp off")
 
         with torch.compiler.set_stance("force_eager"):   # other batch sizes are not worth compiling
@@ -508,7 +511,7 @@ def make_fast(step, model, size, last_size):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)   # at most five kinds, whatever the depth
-    eager_step = torch.compiler.set_stance("force_eager")(step)   # not compiled
+    eager_step = torch.compiler.set_stance("force_eager")(step)   # a decorator: it doesn't compile
     for part, attempt in [("CUDA graphs of compiled blocks", step),
                           ("CUDA graphs", eager_step)]:
         try:
@@ -592,7 +595,7 @@ def put_back(state, model, optimizer, scaler):
 
 
 def changing_state(model):
-    """{name: tensor} of what trains and of the buffers. What is frozen, the seed gives again."""
+    """{name: tensor} of what trains and of the buffers. The seed draws the frozen weights again."""
     state = dict(model.state_dict())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -613,8 +616,8 @@ RUN_ENTRIES = ("options", "precision", "fingerprint", "starts", "epochs")
 def save(path, run, model, optimizer, scaler, rng):
     """Write the record, then the checkpoint, from which --resume continues.
 
-    In this order, because a checkpoint of the last epoch is not trained again: if the process were
-    killed in between, the record would lack that epoch for good.
+    In this order, because a checkpoint of the last epoch is not trained again: in the other, a
+    process that is killed between the two would leave a record that lacks that epoch for good.
     """
     write_record(record_path(path), make_record(run, model))
     write(path, checkpoint_bytes(run, model, optimizer, scaler, rng))
@@ -749,7 +752,8 @@ def update_format(content):
     content["options"]["amp"] = "auto"   # format 3 had the resolved one alone
     if "optimizer" in content:   # a checkpoint
         content["format"] = FORMAT
-        # It lacks BatchNorm's counters, which BatchNorm adds if the dict has no version number.
+        # A plain dict, without the version that a state_dict has in its _metadata: then BatchNorm
+        # adds its counters, which format 3 lacks.
         content["model"] = dict(content["model"])
         states = content.pop("optimizer")["state"].values()
         content["momentum"] = [state["momentum_buffer"] for state in states]
@@ -930,7 +934,8 @@ def print_epoch(done, first_epoch, epochs):
     """Print the last of the epochs that are done, and how long the others will take."""
     if len(done) == first_epoch + 1:
         print("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
-    seconds = np.mean([epoch["seconds"] for epoch in done[-10:]])
+    # Of this start alone, because the others may have been on other machines.
+    seconds = np.mean([epoch["seconds"] for epoch in done[first_epoch:][-10:]])
     time_left = datetime.timedelta(seconds=round((epochs - len(done)) * seconds))
     last = done[-1]
     print(f"{last['epoch']:3}/{epochs:<3} {last['train_loss']:11.4f} "
@@ -1191,8 +1196,9 @@ def one_line(error):
 
 def is_out_of_memory(error):
     """Whether an exception says that memory did not suffice."""
-    # What PyTorch says if a CPU's memory does not suffice: on Linux and macOS, on Windows.
-    texts = ["can't allocate memory", "not enough memory"]
+    # What PyTorch says of GPUs ("CUDA error: out of memory"), of their libraries
+    # ("CUBLAS_STATUS_ALLOC_FAILED"), and of CPUs: on Linux and macOS, on Windows.
+    texts = ["out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"]
     return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or any(text in str(error) for text in texts))
 
