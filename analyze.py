@@ -449,7 +449,7 @@ def look_of(arch, label):
 def annotate(ax, arch, point, color, side):
     """The name of a network at a point: above it, or below if it is a wide one."""
     va = "top" if is_wide(arch) else "bottom"
-    ax.annotate(f" {arch} ", point, ha=side, va=va, color=color)
+    ax.annotate(f"  {arch}  ", point, ha=side, va=va, color=color)
 
 
 def draw_accuracy(runs, published):
