@@ -41,7 +41,7 @@ of the [first version](https://arxiv.org/abs/2003.00152v1), ±0.3 ("~": ±0.6; a
 hidden). "Reproduction":
 [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), which says
 that the paper's figures are means of five runs; its own are single runs on 45,000 images, best
-epoch by validation. A feature is disabled if its ReLU fires at less than 1 % of all positions.
+epoch by validation. A feature is disabled if its ReLU fires at less than 1% of all positions.
 Gammas and features are measured in fp32 (in `results`, those of not-bn in bf16), accuracies of runs
 in their own precision: to run a command in bf16 on a CPU, add `--amp bf16`.
 """
@@ -389,7 +389,7 @@ SETTINGS = {
     "xtick.color": "gray",
     "ytick.color": "gray",
     "text.color": "gray",
-    "axes.xmargin": 0.19,
+    "axes.xmargin": 0.175,
     "axes.ymargin": 0.1,
     "legend.fontsize": "small",
     "svg.hashsalt": "0",   # the same file each time
