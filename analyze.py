@@ -389,7 +389,7 @@ SETTINGS = {
     "xtick.color": "gray",
     "ytick.color": "gray",
     "text.color": "gray",
-    "axes.xmargin": 0.175,
+    "axes.xmargin": 0.17,
     "axes.ymargin": 0.1,
     "legend.fontsize": "small",
     "svg.hashsalt": "0",   # the same file each time
