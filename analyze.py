@@ -77,12 +77,8 @@ def read_results(folder):
         key = options["arch"], ", ".join(variant(options))
         runs.setdefault(key, []).append(record)
     for records in runs.values():
-        records.sort(key=seed_of)
+        records.sort(key=lambda record: record["options"]["seed"])
     return {key: runs[key] for key in sorted(runs, key=network_order)}, left_out
-
-
-def seed_of(record):
-    return record["options"]["seed"]
 
 
 def network_order(key):
@@ -102,7 +98,7 @@ NOT_PUBLISHED = {"paper": "-", "reproduction": "-"}
 
 def networks_of(runs, published, label):
     """The networks for which there is a result with this label, by depth and width."""
-    archs = {arch for arch, other in list(runs) + list(published) if other == label}
+    archs = {arch for arch, other in [*runs, *published] if other == label}
     return sorted(archs, key=parse_arch)
 
 
@@ -157,9 +153,7 @@ def print_table(title, alignment, header, rows):
     """
     if not rows:
         return
-    widths = []
-    for column in zip(header, *rows):
-        widths.append(max(3, max(len(cell) for cell in column)))
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
     rule = []
     for letter, width in zip(alignment, widths, strict=True):
         rule.append("-" * (width - 1) + (":" if letter == "r" else "-"))
