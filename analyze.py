@@ -191,7 +191,7 @@ def print_tables(runs, published):
 
 def print_networks(title, archs, runs, published):
     """A row for each network: only BatchNorm trained, then everything; ours, then published."""
-    header = ["network", "parameters", "BatchNorm"]
+    header = ["network", "parameters", "BatchNorm parameters"]
     for train in ("bn", "all"):
         header += [train, f"{train}, paper", f"{train}, reproduction"]
     rows = []
