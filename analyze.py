@@ -289,8 +289,11 @@ def print_runs(runs):
         for record in records:
             starts = record["starts"]
             commits = [short_commit(start["commit"]) for start in starts]
+            words = command(record["options"])
+            if all(start["plain"] for start in starts):
+                words += " --plain"
             rows.append([
-                f"`{command(record['options'])}`",
+                f"`{words}`",
                 f"{record['test_accuracy']:.2f}",
                 "fp32" if record["precision"] == "off" else record["precision"],
                 f"{record['seconds'] / 3600:.2f}",

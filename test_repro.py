@@ -1891,7 +1891,9 @@ def test_a_run_is_a_row_with_the_command_that_makes_it(tiny, capsys):
     ]
     write_run("a.json", 50.0, "--arch wrn14-2 --train bn+shortcut --seed 3 --epochs 2",
               starts=starts)
-    [row] = printed_tables(capsys)["Runs"]
+    write_run("b.json", 40.0, starts=[{**start(1), "plain": True}])
+    plain, row = printed_tables(capsys)["Runs"]
+    assert plain["command"] == "`python train.py --arch resnet14 --bn-only --plain`"
     assert list(row.values()) == [
         "`python train.py --arch wrn14-2 --train bn+shortcut --seed 3 --epochs 2`", "50.00", "bf16",
         "2.00", "Abacus", "2.13.0", "not in git; 0123456; 0123456-dirty"]
