@@ -1006,9 +1006,8 @@ def unpack(archive, folder):
         try:
             os.rename(pathlib.Path(temporary, folder.name), folder)
         except OSError:
-            if not folder.exists():
+            if not folder.exists():   # if it does, another process was faster
                 raise
-            # Another process was faster.
 
 
 def import_cifar10():
