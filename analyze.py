@@ -24,7 +24,6 @@ from train import (
     command,
     count_parameters,
     evaluate,
-    freeze,
     load_checkpoint,
     read_record,
     run_cli,
@@ -107,14 +106,15 @@ def is_wide(arch):
     return width > 1
 
 
-@functools.cache   # because resnet866 has thousands of modules
-def counts_of(arch, train="all"):
+def counts_of(arch):
     """How many parameters a network has, see count_parameters."""
     depth, width = parse_arch(arch)
     with torch.device("meta"):   # shapes alone
-        model = ResNet(depth, width)
-    freeze(model, train)
-    return count_parameters(model)
+        return count_parameters(ResNet(depth, width))
+
+
+def norm_of(records):
+    return records[0]["options"]["norm"]
 
 
 def accuracies(records):
@@ -138,9 +138,12 @@ def pruned_rows(records, threshold):
     return rows_of(records, "prune", "threshold", threshold)
 
 
-def disabled_shares(records, kind):
-    """The disabled features of this kind of ReLU, in percent, of each record that has them."""
-    return [row["disabled"] for row in rows_of(records, "activations", "relu", kind)]
+def relu_rows(records, kind):
+    return rows_of(records, "activations", "relu", kind)
+
+
+def column(rows, name):
+    return [row[name] for row in rows]
 
 
 # --- tables
@@ -207,44 +210,29 @@ def print_networks(title, archs, runs, published):
 
 
 def print_what_trains(runs, published):
-    """A row for each network and what was trained of it, but other normalizations trained alone.
-
-    Rows that only the paper has are added for networks of which we trained more than bn and all.
-    """
-    ours = {}
-    for key, records in runs.items():
-        options = records[0]["options"]
-        if options["norm"] == "batch" or options["train"] != "bn":
-            ours[key] = records
-    archs = {arch for arch, label in ours if label not in ("bn", "all")}
-    keys = set(ours)
-    for arch, label in published:
-        if arch in archs and label not in ("bn", "all"):
-            keys.add((arch, label))
+    """A row for each network and what was trained of it, with BatchNorm."""
     rows = []
-    for arch, label in sorted(keys, key=network_order):
-        records = ours.get((arch, label), [])
-        counts = records[0]["parameters"] if records else counts_of(arch, label)
-        theirs = published.get((arch, label), NOT_PUBLISHED)
-        rows.append([arch, label, f"{counts['trained']:,}", mean_and_std(accuracies(records)),
-                     theirs["paper"]])
+    for (arch, label), records in runs.items():
+        if norm_of(records) == "batch":
+            trained = records[0]["parameters"]["trained"]
+            theirs = published.get((arch, label), NOT_PUBLISHED)
+            rows.append([arch, label, f"{trained:,}", mean_and_std(accuracies(records)),
+                         theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
 
 
 def print_normalizations(runs):
-    """Runs that train the normalization alone, of networks of which another one was tried."""
-    archs = set()
-    for (arch, _), records in runs.items():
-        if records[0]["options"]["norm"] != "batch":
-            archs.add(arch)
+    """Runs with other normalizations, and BatchNorm's of the same networks."""
+    archs = {arch for (arch, _), records in runs.items() if norm_of(records) != "batch"}
     rows = []
     for (arch, label), records in runs.items():
-        options = records[0]["options"]
-        if arch in archs and options["train"] == "bn":
-            small = [row["pruned"] for row in pruned_rows(records, 0.01)]
-            rows.append([arch, options["norm"], label, mean_and_std(accuracies(records)),
-                         mean_and_std(small), mean_and_std(disabled_shares(records, "all"))])
+        norm = norm_of(records)
+        if norm != "batch" or (label == "bn" and arch in archs):
+            small = column(pruned_rows(records, 0.01), "pruned")
+            disabled = column(relu_rows(records, "all"), "disabled")
+            rows.append([arch, norm, label, mean_and_std(accuracies(records)),
+                         mean_and_std(small), mean_and_std(disabled)])
     header = ["network", "norm", "what trains", "accuracy", "gammas below 0.01 (%)",
               "disabled features (%)"]
     print_table("Other normalizations", "lllrrr", header, rows)
@@ -253,9 +241,11 @@ def print_normalizations(runs):
 def print_disabled(runs):
     rows = []
     for (arch, label), records in runs.items():
-        if disabled_shares(records, "all"):
-            cells = [mean_and_std(disabled_shares(records, kind)) for kind in RELUS]
-            rows.append([arch, label] + cells)
+        if relu_rows(records, "all"):
+            row = [arch, label]
+            for kind in RELUS:
+                row.append(mean_and_std(column(relu_rows(records, kind), "disabled")))
+            rows.append(row)
     header = ["network", "what trains"] + list(RELUS)
     print_table("Disabled features (%), by their ReLU", "llrrr", header, rows)
 
@@ -266,20 +256,17 @@ def print_pruning(runs):
     for (arch, label), records in runs.items():
         n = len(pruned_rows(records, 0.0))
         if n > 0:
-            cells = [pruning_cell(pruned_rows(records, threshold)) for threshold in THRESHOLDS]
-            rows.append([arch, label, str(n)] + cells)
+            row = [arch, label, str(n)]
+            for threshold in THRESHOLDS:
+                pruned = pruned_rows(records, threshold)
+                change = np.mean(column(pruned, "change"))
+                share = np.mean(column(pruned, "pruned"))
+                row.append(f"{change:+.2f} ({share:.1f})")
+            rows.append(row)
     title = ("Gammas below a threshold set to zero: "
              "change of accuracy in points (share of gammas, %)")
     header = ["network", "what trains", "n"] + [f"< {threshold:g}" for threshold in THRESHOLDS]
     print_table(title, "llr" + "r" * len(THRESHOLDS), header, rows)
-
-
-def pruning_cell(rows):
-    if not rows:
-        return "-"
-    change = np.mean([row["change"] for row in rows])
-    share = np.mean([row["pruned"] for row in rows])
-    return f"{change:+.2f} ({share:.1f})"
 
 
 def print_runs(runs):
@@ -383,6 +370,7 @@ WIDE = ("#CC79A7", "only BatchNorm, wider")
 SETTINGS = {
     "axes.edgecolor": "gray",
     "axes.labelcolor": "gray",
+    "figure.labelsize": "medium",
     "xtick.color": "gray",
     "ytick.color": "gray",
     "text.color": "gray",
@@ -450,42 +438,27 @@ def annotate(ax, arch, point, color, side):
 
 
 def draw_accuracy(runs, published):
-    """Accuracy against the number of trained parameters: ours solid, the paper's dotted."""
+    """Accuracy against the number of trained parameters: each run, and the paper's values hollow.
+
+    Of the paper's range "82.0-83.9", its abstract's 82.0 is drawn.
+    """
     figure, [ax] = new_figure("trained parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     for label in ("bn", "random"):
-        archs = networks_of(runs, published, label)
-        draw_networks(ax, runs, published, label, [arch for arch in archs if not is_wide(arch)])
-        draw_networks(ax, runs, published, label, [arch for arch in archs if is_wide(arch)])
+        for arch in networks_of(runs, published, label):
+            color, legend = look_of(arch, label)
+            count = counts_of(arch)["bn"]
+            heights = accuracies(runs.get((arch, label), []))
+            ax.plot([count] * len(heights), heights, "o", color=color, label=f"{legend}, here")
+            if (arch, label) in published:
+                text = published[arch, label]["paper"]
+                height = float(text.removeprefix("~").split("-")[0])
+                ax.plot(count, height, "o", mfc="none", color=color, label=f"{legend}, paper")
+                heights.append(height)
+            # The name stands at the last one: the paper's, if there is one.
+            annotate(ax, arch, (count, heights[-1]), color, "left" if is_wide(arch) else "right")
     return figure
-
-
-def draw_networks(ax, runs, published, label, archs):
-    """A point for each run of these networks, a line through the means, and the paper's values."""
-    means = []    # each is (number of trained parameters, accuracy)
-    papers = []
-    for arch in archs:
-        color, legend = look_of(arch, label)
-        count = counts_of(arch)["bn"]
-        values = accuracies(runs.get((arch, label), []))
-        if values:
-            ax.plot([count] * len(values), values, "o", color=color, label=f"{legend}, here")
-            means.append((count, np.mean(values)))
-        if (arch, label) in published:
-            papers.append((count, published_number(published[arch, label]["paper"])))
-        # Beside the paper's value, if there is one.
-        point = papers[-1] if (arch, label) in published else means[-1]
-        annotate(ax, arch, point, color, "left" if is_wide(arch) else "right")
-    if means:
-        ax.plot(*np.transpose(means), "-", color=color)
-    if papers:
-        ax.plot(*np.transpose(papers), "o:", mfc="none", color=color, label=f"{legend}, paper")
-
-
-def published_number(text):
-    """The number in "48.1" or in "~79.7"; 82.0 in "82.0-83.9", as in the paper's abstract."""
-    return float(text.removeprefix("~").split("-")[0])
 
 
 def draw_gamma(runs):
@@ -527,8 +500,8 @@ def draw_pruning(runs):
             means = []
             for threshold in [0.0] + THRESHOLDS:
                 rows = pruned_rows(records, threshold)
-                shares.append(np.mean([row["pruned"] for row in rows]))
-                means.append(np.mean([row["test_accuracy"] for row in rows]))
+                shares.append(np.mean(column(rows, "pruned")))
+                means.append(np.mean(column(rows, "test_accuracy")))
             ax.plot(shares, means, "o-", color=color, label=legend)
             annotate(ax, arch, (shares[0], means[0]), color, "right")
     return figure

@@ -1772,9 +1772,7 @@ def write_run(name, accuracy, words="--bn-only", **entries):
     accuracy: that of its last epoch; words: its command line; entries: what else the record holds.
     """
     args = arguments(*words.split())
-    counts = dict(analyze.counts_of(args.arch))
-    if args.norm == "batch" and args.train != "random":
-        counts = analyze.counts_of(args.arch, args.train)
+    counts = train.count_parameters(train.network_of(train.options_of(args)))
     epochs = []
     for epoch in range(1, args.epochs + 1):
         epochs.append({"epoch": epoch, "test_accuracy": accuracy})
@@ -1834,18 +1832,24 @@ def row_of(rows, *cells):
     return found[0]
 
 
-def test_what_trains_has_a_row_for_each_run_and_what_the_paper_adds(tiny, capsys):
-    """The paper's rows stand at networks of which we trained more than bn and all."""
+def test_a_row_for_each_network_and_what_was_trained_of_it(tiny, capsys):
+    """The table of what trains has BatchNorm's runs, and the paper's value where it has one.
+
+    That of normalizations has the others', and BatchNorm's of the same networks.
+    """
     write_run("a.json", 40.0)
     write_run("b.json", 50.0, "--arch wrn14-2 --train bn+shortcut")
-    write_run("c.json", 60.0, "--arch wrn14-2 --bn-only --bn-init oneone")
-    rows = [list(row.values()) for row in printed_tables(capsys)["What trains"]]
-    assert rows == [
+    write_run("c.json", 60.0, "--arch resnet14 --bn-only --norm layer")
+    write_run("d.json", 70.0, "--arch wrn14-2 --bn-only --bn-init oneone")
+    tables = printed_tables(capsys)
+    assert [list(row.values()) for row in tables["What trains"]] == [
         ["resnet14", "bn", "1,120", "40.00 (n=1)", "48.1"],
         ["wrn14-2", "bn+shortcut", "12,480", "50.00 (n=1)", "-"],
-        ["wrn14-2", "bn+shortcut+output", "13,770", "-", "72.6"],
-        ["wrn14-2", "bn, oneone", "2,240", "60.00 (n=1)", "-"],
-        ["wrn14-2", "shortcut+output", "11,530", "-", "~57.5"],
+        ["wrn14-2", "bn, oneone", "2,240", "70.00 (n=1)", "-"],
+    ]
+    assert [list(row.values()) for row in tables["Other normalizations"]] == [
+        ["resnet14", "batch", "bn", "40.00 (n=1)", "-", "-"],
+        ["resnet14", "layer", "bn, layer", "60.00 (n=1)", "-", "-"],
     ]
 
 
@@ -1856,7 +1860,6 @@ def test_what_differs_from_the_recipe_is_a_row_of_its_own(tiny, capsys):
     write_run("c.json", 60.0, "--bn-only --lr 0.03 --weight-decay 0 --seed 1")
     write_run("d.json", 70.0, "--bn-only --epochs 10 --bn-init oneone")
     write_run("e.json", 80.0, "--arch resnet8 --bn-only --dataset synthetic --epochs 2")
-    write_run("f.json", 30.0, "--train gamma --norm layer")
     tables = printed_tables(capsys)
     assert row_of(tables["Depth"], "resnet14")["bn"] == "40.00 (n=1)"
     assert row_of(tables["Depth"], "resnet32")["bn"] == "-"
@@ -1865,7 +1868,6 @@ def test_what_differs_from_the_recipe_is_a_row_of_its_own(tiny, capsys):
     assert of_two_seeds == f"55.00 ± {50 ** 0.5:.2f} (n=2)"   # the sample standard deviation
     assert row_of(rows, "resnet14", "bn, oneone, epochs10")["here"] == "70.00 (n=1)"
     assert row_of(rows, "resnet8", "bn, synthetic, epochs2")["here"] == "80.00 (n=1)"
-    assert row_of(rows, "resnet14", "gamma, layer")["here"] == "30.00 (n=1)"
 
 
 def test_pruning_shows_means_over_the_runs_that_were_pruned(tiny, capsys):
@@ -1987,10 +1989,10 @@ def figures(tmp_path_factory):
     return analyze.draw(runs, analyze.read_published(), tmp_path_factory.mktemp("figures"))
 
 
-def line_of(figure, label):
-    """The points (n, 2) of the first line with this label."""
+def points_of(figure, label):
+    """The points (n, 2) with this label."""
     lines = [line for line in figure.axes[0].lines if line.get_label() == label]
-    return lines[0].get_xydata()
+    return np.concatenate([line.get_xydata() for line in lines])
 
 
 def names_in(figure):
@@ -1998,19 +2000,16 @@ def names_in(figure):
     return {text.get_text().strip() for text in figure.axes[0].texts}
 
 
-def test_figure_of_accuracy_has_runs_means_and_the_papers_values(figures):
+def test_figure_of_accuracy_has_the_runs_and_the_papers_values(figures):
     """resnet14 comes first. The paper's resnet866 is drawn at the abstract's 82 %."""
     accuracies = []
     for path in RESULTS:
         if path.match("resnet14-bn-s[0-9].json"):
             accuracies.append(json.loads(path.read_text())["test_accuracy"])
-    figure = figures["accuracy"]
-    points = line_of(figure, "only BatchNorm, here")
-    assert np.allclose(points[:, 0], 1120)
-    assert np.allclose(points[:, 1], accuracies)
-    means = [line for line in figure.axes[0].lines if line.get_linestyle() == "-"]
-    assert np.allclose(means[0].get_xydata()[0], [1120, np.mean(accuracies)])
-    papers = line_of(figure, "only BatchNorm, paper")
+    points = points_of(figures["accuracy"], "only BatchNorm, here")
+    assert np.allclose(points[:3, 0], 1120)
+    assert np.allclose(points[:3, 1], accuracies)
+    papers = points_of(figures["accuracy"], "only BatchNorm, paper")
     assert np.allclose(papers[0], [1120, 48.1])
     assert np.allclose(papers[6], [64_736, 82])
 
