@@ -553,7 +553,8 @@ def main():
         return
     runs, left_out = read_results(args.results)
     if not runs:
-        raise UserError(f"no record of a finished run in {args.results}")
+        reasons = "".join(f"; {line}" for line in left_out)
+        raise UserError(f"no record of a finished run in {args.results}{reasons}")
     if args.plot:
         draw(runs, read_published(), args.results / "figures")
     else:

@@ -5,12 +5,10 @@
 
 Every epoch writes the checkpoint (--out x.pt), from which --resume continues, and the record of the
 run (x.json), to which prune.py and analyze.py add their tables. The method is the first part of
-this file, with "two random weights per channel" as its end; then come the fast path for GPUs,
-files, and the command line.
+this file, up to "precision and fast path"; then come files and the command line.
 """
 import argparse
 import copy
-import datetime
 import functools
 import io
 import json
@@ -154,7 +152,7 @@ def in_conv(module, name):
 def in_bn(module, name):
     """The normalization's own parameters, whichever it is; with batch, its gamma and beta."""
     if isinstance(module, WeightNormConv2d):
-        return name.endswith((".gain", ".bias"))
+        return name.endswith(("gain", "bias"))
     return gamma_and_beta(module) is not None
 
 
@@ -165,12 +163,12 @@ def in_not_bn(module, name):
 
 def in_gamma(module, name):
     """The scale of a normalization."""
-    return in_bn(module, name) and name.endswith((".weight", ".gain"))
+    return in_bn(module, name) and name.endswith(("weight", "gain"))
 
 
 def in_beta(module, name):
     """The shift of a normalization."""
-    return in_bn(module, name) and name.endswith(".bias")
+    return in_bn(module, name) and name.endswith("bias")
 
 
 def in_shortcut(module, name):
@@ -204,12 +202,13 @@ GROUPS = {
 def parameters_of(model, groups):
     """The parameters of a model that belong to any of these groups, in the model's order.
 
-    Those of TwoWeightsConv2d's `values` belong to none, because they are a part of its `weight`.
+    The `values` of a TwoWeightsConv2d belong to no group: they are entries of its `weight`, which
+    belongs to one.
     """
     parameters = []
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            if isinstance(module, TwoWeightsConv2d) and name.endswith(".values"):
+            if isinstance(module, TwoWeightsConv2d) and name.endswith("values"):
                 continue
             if any(GROUPS[group](module, name) for group in groups):
                 parameters.append(parameter)
@@ -219,7 +218,7 @@ def parameters_of(model, groups):
 def freeze(model, train):
     """Let only the parameters of some groups require gradients: `train` is names joined by +.
 
-    Works on any network. In one without modules called "shortcut", conv is all convolutions.
+    Works on any network. In one without modules called "shortcut", conv is every nn.Conv2d.
     What stays live in a frozen BatchNorm: in training mode it normalizes by the statistics of the
     batch and moves its running statistics, in evaluation mode it normalizes by these.
     """
@@ -304,10 +303,7 @@ def evaluate(model, images, labels, precision):
     precision: a key of AMP_DTYPES.
     """
     model.eval()
-    size = 125   # fits the caches of a CPU
-    if images.is_cuda:
-        # 1,000 images of resnet14, which take as much memory as a training step of 128.
-        size = max(125, 16_000 // model.conv.out_channels)
+    size = 500 if images.is_cuda else 125   # 125 images fit the caches of a CPU
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
         with autocast(images.device, precision):
@@ -350,7 +346,7 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
             print_progress(epoch, args.epochs, len(losses), steps)
         train_loss = sum(torch.stack(losses).tolist()) / n
         train_seconds = time.perf_counter() - start_time
-        # The last step can spoil what trains without a loss that tells it.
+        # What the last step does to the parameters is in no loss of this epoch.
         is_finite = all(p.isfinite().all() for p in trained_parameters(model))
         if not math.isfinite(train_loss) or not is_finite:
             raise UserError(f"training diverged: a value is not finite in epoch {epoch + 1}, "
@@ -368,7 +364,9 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
             "images_per_second": round(n / train_seconds, 1),        # without it
         })
         save(args.out, run, model, optimizer, scaler, rng)   # before printing, which can fail
-        print_epoch(run["epochs"], first_epoch, args.epochs)
+        if epoch == first_epoch:
+            print("  epoch  train loss  train acc   test acc      lr  seconds  images/s")
+        print_epoch(run["epochs"][-1], args.epochs)
 
 
 # --- the control: two random weights per output channel
@@ -510,8 +508,9 @@ def make_fast(step, model, size, last_size):
     """
     for module in model.modules():
         if isinstance(module, Block):
-            module.compile(dynamic=False)   # at most five kinds, whatever the depth
-    eager_step = torch.compiler.set_stance("force_eager")(step)   # a decorator: it doesn't compile
+            # At most five compilations, because blocks of the same sizes share one.
+            module.compile(dynamic=False)
+    eager_step = torch.compiler.set_stance("force_eager")(step)   # the same, but never compiled
     for part, attempt in [("CUDA graphs of compiled blocks", step),
                           ("CUDA graphs", eager_step)]:
         try:
@@ -532,7 +531,8 @@ def capture_all(step, size, last_size):
     stream = torch.cuda.Stream()
     pool = torch.cuda.graph_pool_handle()
     static = {n: blank_batch(n) for n in steps}
-    # All warm-ups come before all captures, because a capture can't use the memory of a warm-up.
+    # All warm-ups come before all captures, because a capture begins by freeing the memory that
+    # they have used, and keeps its own.
     for n, step_of_size in steps.items():
         warm_up(step_of_size, static[n], stream)
     replays = {}
@@ -586,7 +586,10 @@ def training_state(model, optimizer, scaler):
 
 @torch.no_grad()
 def put_back(state, model, optimizer, scaler):
-    """Copy a training_state into the tensors in use, because a CUDA graph holds their addresses."""
+    """Copy a training_state into the tensors in use, because a CUDA graph holds their addresses.
+
+    state: can be a checkpoint, too, which has the same entries.
+    """
     model.load_state_dict(state["model"], strict=False)   # without what is frozen
     momentum = training_state(model, optimizer, scaler)["momentum"]
     for buffer, value in zip(momentum, state["momentum"], strict=True):
@@ -608,16 +611,16 @@ def changing_state(model):
 
 FORMAT = 4
 
-# What a run is: its options, its precision (a key of AMP_DTYPES), the fingerprint of its frozen
-# weights, and the lists of its starts and epochs, which grow.
+# A run is a dict of its options, its precision (a key of AMP_DTYPES), the fingerprint of its frozen
+# weights, and two lists that grow: its starts (see describe_start) and its epochs.
 RUN_ENTRIES = ("options", "precision", "fingerprint", "starts", "epochs")
 
 
 def save(path, run, model, optimizer, scaler, rng):
     """Write the record, then the checkpoint, from which --resume continues.
 
-    In this order, because a checkpoint of the last epoch is not trained again: in the other, a
-    process that is killed between the two would leave a record that lacks that epoch for good.
+    The record is first, because a finished run is not trained again: if a process were killed
+    between checkpoint and record, the record would lack the last epoch for good.
     """
     write_record(record_path(path), make_record(run, model))
     write(path, checkpoint_bytes(run, model, optimizer, scaler, rng))
@@ -718,7 +721,7 @@ def load_checkpoint(path):
         drawn = fingerprint(frozen_parameters(model))
         tolerance = 1e-9 * drawn[0]   # machines can round differently, see `orthogonal`
         require(np.allclose(drawn, checkpoint["fingerprint"], rtol=0, atol=tolerance),
-                "its seed draws other weights now")
+                "its frozen weights are not those of its options and seed")
         missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         require(set(missing) == set(frozen) and not unexpected,
@@ -726,7 +729,7 @@ def load_checkpoint(path):
     except Exception as error:   # whatever a damaged file makes the readers raise
         if is_out_of_memory(error):
             raise
-        reason = one_line(error).split(". ")[0]   # PyTorch's goes on with advice
+        reason = " ".join(str(error).split()).split(". ")[0]   # PyTorch's goes on with advice
         raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
     return model.eval(), checkpoint
 
@@ -886,7 +889,6 @@ def describe_start(first_epoch, args):
         "plain": args.plain,
         "commit": commit(),
         "torch": str(torch.__version__),
-        "device": args.device.type,
         "hardware": hardware,
     }
 
@@ -930,17 +932,10 @@ def print_progress(epoch, epochs, done, steps):
         print(f"{epoch + 1:3}/{epochs}  step {done:4} of {steps}", end="\r", flush=True)
 
 
-def print_epoch(done, first_epoch, epochs):
-    """Print the last of the epochs that are done, and how long the others will take."""
-    if len(done) == first_epoch + 1:
-        print("  epoch  train loss  train acc   test acc      lr  seconds  images/s  time left")
-    # Of this start alone, because the others may have been on other machines.
-    seconds = np.mean([epoch["seconds"] for epoch in done[first_epoch:][-10:]])
-    time_left = datetime.timedelta(seconds=round((epochs - len(done)) * seconds))
-    last = done[-1]
-    print(f"{last['epoch']:3}/{epochs:<3} {last['train_loss']:11.4f} "
-          f"{last['train_accuracy']:8.2f} % {last['test_accuracy']:8.2f} % {last['lr']:7.4g} "
-          f"{last['seconds']:8.1f} {last['images_per_second']:9,.0f} {time_left!s:>10}", flush=True)
+def print_epoch(epoch, epochs):
+    print(f"{epoch['epoch']:3}/{epochs:<3} {epoch['train_loss']:11.4f} "
+          f"{epoch['train_accuracy']:8.2f} % {epoch['test_accuracy']:8.2f} % {epoch['lr']:7.4g} "
+          f"{epoch['seconds']:8.1f} {epoch['images_per_second']:9,.0f}", flush=True)
 
 
 # --- CIFAR-10's files, and the synthetic set
