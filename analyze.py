@@ -113,14 +113,6 @@ def counts_of(arch):
         return count_parameters(ResNet(depth, width))
 
 
-def norm_of(records):
-    return records[0]["options"]["norm"]
-
-
-def accuracies(records):
-    return [record["test_accuracy"] for record in records]
-
-
 def rows_of(records, table, key, value):
     """The rows with this value of a key, such as a threshold, in the records that have the table.
 
@@ -143,7 +135,12 @@ def relu_rows(records, kind):
 
 
 def column(rows, name):
+    """The entries of this name in rows, or in records."""
     return [row[name] for row in rows]
+
+
+def accuracies(records):
+    return column(records, "test_accuracy")
 
 
 # --- tables
@@ -210,32 +207,30 @@ def print_networks(title, archs, runs, published):
 
 
 def print_what_trains(runs, published):
-    """A row for each network and what was trained of it, with BatchNorm."""
+    """A row for each network, what was trained of it, and what else differs from the recipe."""
     rows = []
     for (arch, label), records in runs.items():
-        if norm_of(records) == "batch":
-            trained = records[0]["parameters"]["trained"]
-            theirs = published.get((arch, label), NOT_PUBLISHED)
-            rows.append([arch, label, f"{trained:,}", mean_and_std(accuracies(records)),
-                         theirs["paper"]])
+        trained = records[0]["parameters"]["trained"]
+        theirs = published.get((arch, label), NOT_PUBLISHED)
+        rows.append([arch, label, f"{trained:,}", mean_and_std(accuracies(records)),
+                     theirs["paper"]])
     header = ["network", "what trains", "parameters trained", "here", "paper"]
     print_table("What trains", "llrrr", header, rows)
 
 
 def print_normalizations(runs):
-    """Runs with other normalizations, and BatchNorm's of the same networks."""
-    archs = {arch for (arch, _), records in runs.items() if norm_of(records) != "batch"}
+    """What becomes of gammas and features, by BatchNorm alone and by other normalizations."""
     rows = []
     for (arch, label), records in runs.items():
-        norm = norm_of(records)
-        if norm != "batch" or (label == "bn" and arch in archs):
+        norm = records[0]["options"]["norm"]
+        if label == "bn" or norm != "batch":
             small = column(pruned_rows(records, 0.01), "pruned")
             disabled = column(relu_rows(records, "all"), "disabled")
             rows.append([arch, norm, label, mean_and_std(accuracies(records)),
                          mean_and_std(small), mean_and_std(disabled)])
     header = ["network", "norm", "what trains", "accuracy", "gammas below 0.01 (%)",
               "disabled features (%)"]
-    print_table("Other normalizations", "lllrrr", header, rows)
+    print_table("Normalizations", "lllrrr", header, rows)
 
 
 def print_disabled(runs):

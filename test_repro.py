@@ -1829,9 +1829,9 @@ def row_of(rows, *cells):
 
 
 def test_a_row_for_each_network_and_what_was_trained_of_it(tiny, capsys):
-    """The table of what trains has BatchNorm's runs, and the paper's value where it has one.
+    """The table of what trains has the paper's value where it has one.
 
-    That of normalizations has the others', and BatchNorm's of the same networks.
+    That of normalizations has BatchNorm alone, and other normalizations.
     """
     write_run("a.json", 40.0)
     write_run("b.json", 50.0, "--arch wrn14-2 --train bn+shortcut")
@@ -1840,10 +1840,11 @@ def test_a_row_for_each_network_and_what_was_trained_of_it(tiny, capsys):
     tables = printed_tables(capsys)
     assert [list(row.values()) for row in tables["What trains"]] == [
         ["resnet14", "bn", "1,120", "40.00 (n=1)", "48.1"],
+        ["resnet14", "bn, layer", "1,120", "60.00 (n=1)", "-"],
         ["wrn14-2", "bn+shortcut", "12,480", "50.00 (n=1)", "-"],
         ["wrn14-2", "bn, oneone", "2,240", "70.00 (n=1)", "-"],
     ]
-    assert [list(row.values()) for row in tables["Other normalizations"]] == [
+    assert [list(row.values()) for row in tables["Normalizations"]] == [
         ["resnet14", "batch", "bn", "40.00 (n=1)", "-", "-"],
         ["resnet14", "layer", "bn, layer", "60.00 (n=1)", "-", "-"],
     ]
