@@ -58,20 +58,23 @@ def read_results(folder):
 
     Runs are lists of records that differ in seed or precision alone, {(arch, label): [record]}. A
     label is what trains and what else differs from the recipe, such as "bn, layer". A record also
-    gets its "file".
+    gets its "file". Its tables become dicts: "prune" by threshold, "activations" by kind of ReLU.
     """
     runs = {}
     left_out = []
     for file in sorted(folder.glob("*.json")):
         try:
             record = read_record(file)
-            options = record["options"]
-            done = len(record["epochs"])
-            if done < options["epochs"]:
-                raise UserError(f"{file} is not finished ({done} of {options['epochs']} epochs)")
         except (UserError, OSError) as error:
             left_out.append(str(error))
             continue
+        options = record["options"]
+        done = len(record["epochs"])
+        if done < options["epochs"]:
+            left_out.append(f"{file} is not finished ({done} of {options['epochs']} epochs)")
+            continue
+        record["prune"] = {row["threshold"]: row for row in record.get("prune", [])}
+        record["activations"] = {row["relu"]: row for row in record.get("activations", [])}
         record["file"] = file
         key = options["arch"], ", ".join(variant(options))
         runs.setdefault(key, []).append(record)
@@ -113,34 +116,13 @@ def counts_of(arch):
         return count_parameters(ResNet(depth, width))
 
 
-def rows_of(records, table, key, value):
-    """The rows with this value of a key, such as a threshold, in the records that have the table.
-
-    table: "prune" or "activations".
-    """
-    rows = []
-    for record in records:
-        for row in record.get(table, []):
-            if row[key] == value:
-                rows.append(row)
-    return rows
-
-
-def pruned_rows(records, threshold):
-    return rows_of(records, "prune", "threshold", threshold)
-
-
-def relu_rows(records, kind):
-    return rows_of(records, "activations", "relu", kind)
-
-
-def column(rows, name):
-    """The entries of this name in rows, or in records."""
-    return [row[name] for row in rows]
-
-
 def accuracies(records):
-    return column(records, "test_accuracy")
+    return [record["test_accuracy"] for record in records]
+
+
+def measured(records, table, row, name):
+    """A value in a row of a table, "prune" or "activations", of each record that has the row."""
+    return [record[table][row][name] for record in records if row in record[table]]
 
 
 # --- tables
@@ -224,8 +206,8 @@ def print_normalizations(runs):
     for (arch, label), records in runs.items():
         norm = records[0]["options"]["norm"]
         if label == "bn" or norm != "batch":
-            small = column(pruned_rows(records, 0.01), "pruned")
-            disabled = column(relu_rows(records, "all"), "disabled")
+            small = measured(records, "prune", 0.01, "pruned")
+            disabled = measured(records, "activations", "all", "disabled")
             rows.append([arch, norm, label, mean_and_std(accuracies(records)),
                          mean_and_std(small), mean_and_std(disabled)])
     header = ["network", "norm", "what trains", "accuracy", "gammas below 0.01 (%)",
@@ -236,11 +218,9 @@ def print_normalizations(runs):
 def print_disabled(runs):
     rows = []
     for (arch, label), records in runs.items():
-        if relu_rows(records, "all"):
-            row = [arch, label]
-            for kind in RELUS:
-                row.append(mean_and_std(column(relu_rows(records, kind), "disabled")))
-            rows.append(row)
+        shares = [measured(records, "activations", kind, "disabled") for kind in RELUS]
+        if any(shares):
+            rows.append([arch, label] + [mean_and_std(share) for share in shares])
     header = ["network", "what trains"] + list(RELUS)
     print_table("Disabled features (%), by their ReLU", "llrrr", header, rows)
 
@@ -249,13 +229,12 @@ def print_pruning(runs):
     """Means over the n records that have a table "prune"."""
     rows = []
     for (arch, label), records in runs.items():
-        n = len(pruned_rows(records, 0.0))
+        n = len(measured(records, "prune", 0.0, "change"))
         if n > 0:
             row = [arch, label, str(n)]
             for threshold in THRESHOLDS:
-                pruned = pruned_rows(records, threshold)
-                change = np.mean(column(pruned, "change"))
-                share = np.mean(column(pruned, "pruned"))
+                change = np.mean(measured(records, "prune", threshold, "change"))
+                share = np.mean(measured(records, "prune", threshold, "pruned"))
                 row.append(f"{change:+.2f} ({share:.1f})")
             rows.append(row)
     title = ("Gammas below a threshold set to zero: "
@@ -395,9 +374,6 @@ def draw(runs, published, folder):
         file = folder / f"{name}.svg"
         figure.savefig(file, transparent=True, metadata={"Date": None})
         print(f"wrote {file}")
-    others = sorted({label for _, label in runs} - set(LOOKS))
-    if others:
-        print(f"only in the tables: {'; '.join(others)}")
     return figures
 
 
@@ -451,8 +427,7 @@ def draw_accuracy(runs, published):
                 height = float(text.removeprefix("~").split("-")[0])
                 ax.plot(count, height, "o", mfc="none", color=color, label=f"{legend}, paper")
                 heights.append(height)
-            # The name stands at the last one: the paper's, if there is one.
-            annotate(ax, arch, (count, heights[-1]), color, "left" if is_wide(arch) else "right")
+            annotate(ax, arch, (count, max(heights)), color, "left" if is_wide(arch) else "right")
     return figure
 
 
@@ -489,14 +464,13 @@ def draw_pruning(runs):
     """Accuracy against the share of gammas set to zero, a point for each threshold."""
     figure, [ax] = new_figure("gammas set to zero (%)", "test accuracy (%)")
     for (arch, label), records in runs.items():
-        if label in LOOKS and pruned_rows(records, 0.0):
+        if label in LOOKS and measured(records, "prune", 0.0, "pruned"):
             color, legend = look_of(arch, label)
             shares = []
             means = []
             for threshold in [0.0] + THRESHOLDS:
-                rows = pruned_rows(records, threshold)
-                shares.append(np.mean(column(rows, "pruned")))
-                means.append(np.mean(column(rows, "test_accuracy")))
+                shares.append(np.mean(measured(records, "prune", threshold, "pruned")))
+                means.append(np.mean(measured(records, "prune", threshold, "test_accuracy")))
             ax.plot(shares, means, "o-", color=color, label=legend)
             annotate(ax, arch, (shares[0], means[0]), color, "right")
     return figure
@@ -528,7 +502,8 @@ def parse_command_line():
     parser.add_argument("--results", type=os.path.expanduser, default=RESULTS, metavar="DIR",
                         help="folder of the records")
     parser.add_argument("--plot", action="store_true",
-                        help="draw, into the folder figures in --results")
+                        help="draw the runs that train bn, all or random, and do not differ from "
+                             "the recipe, into the folder figures in --results")
     add_device_arguments(parser)
     args = parser.parse_args()
     args.results = pathlib.Path(args.results)

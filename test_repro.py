@@ -1047,8 +1047,8 @@ def test_what_fails_of_the_fast_path_is_left_out(fresh_compiler, monkeypatch, ca
     step, before, after = fast_step_after(error, monkeypatch)
     assert after == before
     assert capsys.readouterr().out == (
-        "CUDA graphs of compiled blocks fail here, continuing without them (no compiler)\n"
-        "CUDA graphs fail here, continuing without them (no compiler)\n")
+        "CUDA graphs of compiled blocks fail here, trying without (no compiler)\n"
+        "CUDA graphs fail here, trying without (no compiler)\n")
     _, other_step, _, _ = network_and_step("--bn-only")
     for _ in range(4):
         expected_loss, _ = other_step(*batch())

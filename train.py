@@ -323,9 +323,10 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
     test_images, test_labels = (tensor.to(args.device) for tensor in test_split)
     padded = F.pad(train_images, (0, 0, 4, 4, 4, 4))   # (N, 40, 40, 3)
     n = len(padded)
-    steps = math.ceil(n / args.batch_size)
-    last_size = n - (steps - 1) * args.batch_size
-    step = make_step(model, optimizer, scaler, run["precision"], args.batch_size, last_size, args)
+    size = min(args.batch_size, n)
+    steps = math.ceil(n / size)
+    last_size = n - (steps - 1) * size
+    step = make_step(model, optimizer, scaler, run["precision"], size, last_size, args)
 
     first_epoch = len(run["epochs"])
     for epoch in range(first_epoch, args.epochs):
@@ -335,7 +336,7 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
         model.train()
         losses = []   # tensors, because reading a number makes the host wait for the device
         total_correct = 0
-        for images, labels in batches(padded, train_labels, args.batch_size, rng):
+        for images, labels in batches(padded, train_labels, size, rng):
             loss, correct = step(images, labels)
             losses.append(loss * len(labels))
             total_correct += correct
@@ -518,7 +519,7 @@ def make_fast(step, model, size, last_size):
         except Exception as error:   # whatever compilers and drivers raise
             if is_out_of_memory(error):
                 raise
-            print(f"{part} fail here, continuing without them ({one_line(error)})", flush=True)
+            print(f"{part} fail here, trying without ({one_line(error)})", flush=True)
     return eager_step
 
 
@@ -872,11 +873,7 @@ def claim(path, content):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     open(path, "xb").close()
-    try:
-        write(path, content)
-    except BaseException:   # a full disk, Ctrl-C
-        path.unlink()
-        raise
+    write(path, content)
 
 
 def describe_start(first_epoch, args):
@@ -1130,7 +1127,7 @@ def parse_command_line():
         require(args.weight_decay >= 0, "argument --weight-decay: not a number from 0 on")
         for name in ("epochs", "batch_size", "lr"):
             require(getattr(args, name) > 0, f"argument --{name.replace('_', '-')}: not positive")
-        args.out = pathlib.Path(args.out or f"runs/{name_of(vars(args))}.pt")
+        args.out = pathlib.Path(args.out or f"runs/{name_of(options_of(args))}.pt")
         require(args.out.suffix == ".pt", f"argument --out: {args.out} does not end in .pt")
     except ValueError as error:   # not by argparse's type=, which would hide its text
         parser.error(str(error))
@@ -1209,7 +1206,7 @@ def main():
     args = parse_command_line()
     set_full_fp32()
     if args.resume and args.out.exists() and args.out.stat().st_size == 0:
-        args.out.unlink()   # a start was killed between the two steps of `claim`
+        args.out.unlink()   # a start was interrupted between the two steps of `claim`
     checkpoint = None
     if args.resume and args.out.exists():
         run, model, checkpoint = continue_run(args)
