@@ -374,6 +374,9 @@ def draw(runs, published, folder):
         file = folder / f"{name}.svg"
         figure.savefig(file, transparent=True, metadata={"Date": None})
         print(f"wrote {file}")
+    others = sorted({label for _, label in runs} - set(LOOKS))
+    if others:
+        print(f"only in the tables: {'; '.join(others)}")
     return figures
 
 
@@ -502,8 +505,7 @@ def parse_command_line():
     parser.add_argument("--results", type=os.path.expanduser, default=RESULTS, metavar="DIR",
                         help="folder of the records")
     parser.add_argument("--plot", action="store_true",
-                        help="draw the runs that train bn, all or random, and do not differ from "
-                             "the recipe, into the folder figures in --results")
+                        help="draw, into the folder figures in --results")
     add_device_arguments(parser)
     args = parser.parse_args()
     args.results = pathlib.Path(args.results)
