@@ -336,11 +336,11 @@ def relu_table(model, images, labels):
 
 # Colours of Okabe and Ito that show on white and on black, and what the legend says.
 LOOKS = {
-    "bn": ("#3A8FD0", "only BatchNorm"),
+    "bn": ("#3A8FD0", "BatchNorm"),
     "all": ("#D55E00", "everything"),
-    "random": ("#009E73", "two weights per channel"),
+    "random": ("#009E73", "random weights"),
 }
-WIDE = ("#CC79A7", "only BatchNorm, wider")
+WIDE = ("#CC79A7", "BatchNorm, wider")
 SETTINGS = {
     "axes.edgecolor": "gray",
     "axes.labelcolor": "gray",
@@ -350,7 +350,6 @@ SETTINGS = {
     "text.color": "gray",
     "axes.xmargin": 0.17,
     "axes.ymargin": 0.1,
-    "legend.fontsize": "small",
     "svg.hashsalt": "0",   # the same file each time
 }
 

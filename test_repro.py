@@ -1995,8 +1995,8 @@ def test_figures_of_any_network(tiny):
     figures = analyze.draw(runs, analyze.read_published(), pathlib.Path("figures"))
     assert {"resnet20", "wrn26-3", "resnet866"} <= names_in(figures["accuracy"])
     resnet20 = 2 * (7 * 16 + 7 * 32 + 7 * 64)   # seven layers with BatchNorm in each stage
-    assert np.allclose(points_of(figures["accuracy"], "only BatchNorm, here"), [resnet20, 40])
-    papers = points_of(figures["accuracy"], "only BatchNorm, paper")
+    assert np.allclose(points_of(figures["accuracy"], "BatchNorm, here"), [resnet20, 40])
+    papers = points_of(figures["accuracy"], "BatchNorm, paper")
     assert np.allclose(papers[[0, -1]], [[1120, 48.1], [64_736, 82]])
     assert names_in(figures["epochs"]) == {"resnet20", "wrn26-3"}
     assert names_in(figures["pruning"]) == {"wrn26-3"}
