@@ -516,7 +516,8 @@ def parse_command_line():
 def main():
     args = parse_command_line()
     set_full_fp32()
-    sys.stdout.reconfigure(encoding="utf-8")   # for the sign ±
+    # For the sign ±, and to show each network in a log as soon as it is measured.
+    sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
     if args.checkpoints:
         device = choose_device(args.device)   # not to print tables, because it starts the GPU
         for path in args.checkpoints:

@@ -83,7 +83,7 @@ def add_to_record(checkpoint_path, checkpoint, name, table):
     if is_finished and record["epochs"] == checkpoint["epochs"] and name not in record:
         record[name] = table
         write_record(path, record)
-        print(f"added to {path}")
+        print(f"added to {path}", flush=True)
 
 
 def print_rows(path, checkpoint, rows):

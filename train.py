@@ -730,7 +730,8 @@ def load_checkpoint(path):
     except Exception as error:   # whatever a damaged file makes the readers raise
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split()).split(". ")[0]   # PyTorch's goes on with advice
+        text = " ".join(str(error).split()) or type(error).__name__
+        reason = text.split(". ")[0]   # PyTorch's goes on with advice
         raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
     return model.eval(), checkpoint
 
@@ -1046,7 +1047,7 @@ def parse_train(text):
     if text == "random":
         return text
     names = text.split("+")
-    require(set(names) <= set(GROUPS), f"argument --train: {text}: not random, or some of "
+    require(set(names) <= set(GROUPS), f"argument --train: {text}: not random, nor any of "
                                        f"{', '.join(GROUPS)} joined by +")
     return "+".join(group for group in GROUPS if group in names)
 
@@ -1071,8 +1072,9 @@ def choose_device(text):
 def add_device_arguments(parser):
     """Give a parser the options that say where the data are and where to compute."""
     parser.add_argument("--data-dir", type=os.path.expanduser, default="data", metavar="DIR",
-                        help="where CIFAR-10 is, or is downloaded to")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps, or cpu")
+                        help="where CIFAR-10 is, or is downloaded to (default: %(default)s)")
+    parser.add_argument("--device", default="auto",
+                        help="cuda, cuda:1, mps, or cpu (default: cuda if there is one, or cpu)")
 
 
 def make_parser():
@@ -1088,12 +1090,12 @@ def make_parser():
     # Without default=, because argparse accepts `--train all --bn-only` if "all" is the default.
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--train", metavar="GROUPS",
-                       help=f"what trains: random, or some of {', '.join(GROUPS)} joined by + "
+                       help=f"what trains: random, or any of {', '.join(GROUPS)} joined by + "
                             "(default: all)")
     group.add_argument("--bn-only", dest="train", action="store_const", const="bn",
                        help="short for --train bn")
     add("norm", "the normalization, whose parameters are the group bn", choices=NORMS)
-    add("bn_init", "gamma, beta: U(0,1), 0; fixed 1, 0; oneone 1, 1; positivenegative U(-1,1), 0",
+    add("bn_init", "gamma, beta: uniform U(0,1), 0; fixed 1, 0; oneone 1, 1; positivenegative U(-1,1), 0",
         choices=BN_INITS)
     add("weight_init", "all other weights", choices=WEIGHT_INITS)
     add("dataset", "synthetic needs no download", choices=["cifar10", "synthetic"])
