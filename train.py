@@ -1095,8 +1095,8 @@ def make_parser():
     group.add_argument("--bn-only", dest="train", action="store_const", const="bn",
                        help="short for --train bn")
     add("norm", "the normalization, whose parameters are the group bn", choices=NORMS)
-    add("bn_init", "gamma, beta: uniform U(0,1), 0; fixed 1, 0; oneone 1, 1; positivenegative U(-1,1), 0",
-        choices=BN_INITS)
+    add("bn_init", "gamma, beta: uniform U(0,1), 0; fixed 1, 0; oneone 1, 1; "
+                   "positivenegative U(-1,1), 0", choices=BN_INITS)
     add("weight_init", "all other weights", choices=WEIGHT_INITS)
     add("dataset", "synthetic needs no download", choices=["cifar10", "synthetic"])
     add("seed", "of initial values, data order, augmentation", type=int, metavar="N")
