@@ -41,8 +41,8 @@ hidden). "Reproduction":
 [tdtce/BatchNorm_params_training](https://github.com/tdtce/BatchNorm_params_training), which says
 that the paper's figures are means of five runs; its own are single runs on 45,000 images, best
 epoch by validation. A feature is disabled if its ReLU fires at less than 1% of all positions.
-Gammas and features are measured in fp32 (in `results`, those of not-bn in bf16), accuracies of runs
-in their own precision: to run a command in bf16 on a CPU, add `--amp bf16`.
+Gammas and features are measured in fp32 (in `results`, of resnet14-not-bn-s0 in bf16), accuracies
+of runs in their own precision: to run a command in bf16 on a CPU, add `--amp bf16`.
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -1126,7 +1126,7 @@ def content_of(path):
     _, checkpoint = train.load_checkpoint(path)
     del checkpoint["starts"]
     for epoch in checkpoint["epochs"]:
-        del epoch["seconds"], epoch["images_per_second"]
+        del epoch["seconds"]
     return as_bytes(checkpoint)
 
 

@@ -346,7 +346,6 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
                 print_estimate(seconds_a_step * steps, args.epochs - epoch, args.device)
             print_progress(epoch, args.epochs, len(losses), steps)
         train_loss = sum(torch.stack(losses).tolist()) / n
-        train_seconds = time.perf_counter() - start_time
         # What the last step does to the parameters is in no loss of this epoch.
         is_finite = all(p.isfinite().all() for p in trained_parameters(model))
         if not math.isfinite(train_loss) or not is_finite:
@@ -362,11 +361,10 @@ def train_epochs(model, optimizer, scaler, rng, run, data, args):
             "test_accuracy": test_accuracy,
             "lr": lr,
             "seconds": round(time.perf_counter() - start_time, 3),   # with evaluation
-            "images_per_second": round(n / train_seconds, 1),        # without it
         })
         save(args.out, run, model, optimizer, scaler, rng)   # before printing, which can fail
         if epoch == first_epoch:
-            print("  epoch  train loss  train acc   test acc      lr  seconds  images/s")
+            print("  epoch  train loss  train acc   test acc      lr  seconds")
         print_epoch(run["epochs"][-1], args.epochs)
 
 
@@ -933,7 +931,7 @@ def print_progress(epoch, epochs, done, steps):
 def print_epoch(epoch, epochs):
     print(f"{epoch['epoch']:3}/{epochs:<3} {epoch['train_loss']:11.4f} "
           f"{epoch['train_accuracy']:8.2f} % {epoch['test_accuracy']:8.2f} % {epoch['lr']:7.4g} "
-          f"{epoch['seconds']:8.1f} {epoch['images_per_second']:9,.0f}", flush=True)
+          f"{epoch['seconds']:8.1f}", flush=True)
 
 
 # --- CIFAR-10's files, and the synthetic set
@@ -1197,7 +1195,7 @@ def is_out_of_memory(error):
 
 
 def refuse_old_torch():
-    if torch.__version__ < "2.10":
+    if torch.__version__ < "2.10":   # compared as versions, not as text
         raise UserError(f"torch {torch.__version__} is too old: pip install -r requirements.txt", 2)
 
 
