@@ -46,7 +46,7 @@ of runs in their own precision: to run a command in bf16 on a CPU, add `--amp bf
 """
 RESULTS = pathlib.Path(__file__).parent / "results"
 
-# The kinds of ReLUs, and the end of their names in the network, which is "" for all.
+# The kinds of ReLUs, and the end of their names in the network: "" for all, the stem's among them.
 RELUS = {"all": "", "inside a block": "relu1", "after the addition": "relu2"}
 
 
