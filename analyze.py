@@ -413,7 +413,7 @@ def annotate(ax, arch, point, color, side):
 def draw_accuracy(runs, published):
     """Accuracy against the number of trained parameters: each run, and the paper's values hollow.
 
-    Of the paper's range "82.0-83.9", its abstract's 82.0 is drawn.
+    "~79.7" is drawn as 79.7, and "82.0-83.9" as 82.0, which the paper's abstract has.
     """
     figure, [ax] = new_figure("trained parameters", "test accuracy (%)")
     ax.set_xscale("log", base=2)

@@ -303,7 +303,8 @@ def evaluate(model, images, labels, precision):
     precision: a key of AMP_DTYPES.
     """
     model.eval()
-    size = 500 if images.is_cuda else 125   # 125 images fit the caches of a CPU
+    # 125 images fit the caches of a CPU. 500 take less memory than a training step of 128.
+    size = 500 if images.is_cuda else 125
     correct = 0
     for batch, batch_labels in zip(images.split(size), labels.split(size)):
         with autocast(images.device, precision):
