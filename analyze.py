@@ -338,7 +338,7 @@ def relu_table(model, images, labels):
 LOOKS = {
     "bn": ("#3A8FD0", "BatchNorm"),
     "all": ("#D55E00", "everything"),
-    "random": ("#009E73", "random weights"),
+    "random": ("#009E73", "other weights"),
 }
 WIDE = ("#CC79A7", "BatchNorm, wider")
 SETTINGS = {
