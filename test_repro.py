@@ -1,4 +1,4 @@
-"""Tests: pytest -q (two minutes on two cores, no network), and the slow ones: pytest -q -k slow.
+"""Tests: pytest -q (a minute on two idle cores, no network), and the slow ones: pytest -q -k slow.
 
 Set CIFAR10_DIR to the folder that holds cifar-10-batches-py to run the tests on real images, too.
 """
