@@ -334,7 +334,8 @@ def relu_table(model, images, labels):
 
 # --- figures
 
-# Colours of Okabe and Ito that show on white and on black, and what the legend says.
+# {label: (color, words of the legend)}. The colors show on white and on black; all but the blue are
+# from the palette of Okabe and Ito.
 LOOKS = {
     "bn": ("#3A8FD0", "BatchNorm"),
     "all": ("#D55E00", "everything"),
@@ -519,7 +520,7 @@ def main():
     # For the sign ±, and to show each network in a log as soon as it is measured.
     sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
     if args.checkpoints:
-        device = choose_device(args.device)   # not to print tables, because it starts the GPU
+        device = choose_device(args.device)   # only here, because it starts the GPU
         for path in args.checkpoints:
             print_activations(path, args.data_dir, device)
         return

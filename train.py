@@ -1052,7 +1052,7 @@ def parse_train(text):
 
 
 def choose_device(text):
-    """The torch device of a --device value, which becomes the current one.
+    """The torch device of a --device value. A GPU with a number (cuda:1) becomes the current one.
 
     Raises UserError if this machine does not have it.
     """
