@@ -479,7 +479,7 @@ def assert_is_small_cifar10(data):
 
 @pytest.mark.parametrize("data_dir", ["made", "made/cifar-10-batches-py", "any name"])
 def test_data_dir_is_the_batches_folder_or_its_parent(data_dir, cifar10):
-    """The folder of the batches can have any name: it is known by its files, through a link, too."""
+    """The folder of the batches can have any name, and can be a link: its files tell."""
     pathlib.Path("any name").symlink_to("made/cifar-10-batches-py")
     assert_is_small_cifar10(train.load_data("cifar10", data_dir, 0))
 
