@@ -113,8 +113,8 @@ def parse_arch(arch):
         raise ValueError("networks are called resnet<depth> or wrn<depth>-<width>, "
                          "such as resnet866 or wrn14-32")
     if depth < 8 or depth % 6 != 2:
-        allowed = max(8, depth - (depth - 2) % 6)
-        raise ValueError(f"the depth must be 6n + 2, such as {allowed}")
+        nearest = max(8, depth - (depth - 2) % 6)   # the next one below, or 8
+        raise ValueError(f"the depth must be 6n + 2, such as {nearest}")
     return depth, width
 
 
@@ -138,8 +138,10 @@ def gamma_and_beta(module):
     if isinstance(module, WeightNormConv2d):
         return module.gain, module.bias
     own = dict(module.named_parameters(recurse=False))
-    if "weight" in own and "bias" in own and own["weight"].dim() == 1:
-        return own["weight"], own["bias"]
+    weight = own.get("weight")
+    bias = own.get("bias")
+    if weight is not None and bias is not None and weight.dim() == 1:
+        return weight, bias
     return None
 
 
@@ -154,20 +156,21 @@ def gammas_and_betas(model):
 
 @torch.no_grad()
 def initialize(model, seed, bn_init, weight_init):
-    """Draw all initial values as the paper's code does (OpenLTH: kaiming_normal, uniform).
+    """Draw all initial values. The default distributions are those of OpenLTH, the authors' code:
 
-    By default: convolutions and the linear weight N(0, 2 / fan_in), gamma U(0, 1), beta 0. Always:
-    the linear bias U(-b, b), b = fan_in ** -0.5 (PyTorch's default), and with weight normalization,
-    gain = gamma |v|.
-    All draws come from NumPy's legacy RandomState, module by module, because its stream is frozen
-    (NEP 19): up to rounding, a seed means the same features on every machine and in every version.
+    convolutions and the linear weight N(0, 2 / fan_in), gamma U(0, 1), beta 0. Two do not depend on
+    the options: the linear bias is U(-b, b) with b = fan_in ** -0.5 (PyTorch's default), and the
+    gain of a WeightNormConv2d is gamma |v|, where v is its `weight`.
+    All draws come from NumPy's legacy RandomState, module by module. Its stream is frozen (NEP 19),
+    so a seed gives the same values on every machine and in every version, up to rounding.
     """
     rng = np.random.RandomState(seed)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.weight
             z = rng.standard_normal(tuple(weight.shape))
-            std = math.sqrt(2 / weight[0].numel())
+            fan_in = weight[0].numel()
+            std = math.sqrt(2 / fan_in)
             weight.copy_(torch.from_numpy(WEIGHT_INITS[weight_init](z, std)))
         if isinstance(module, nn.Linear):
             draws = rng.uniform(-1, 1, len(module.bias))
@@ -176,7 +179,8 @@ def initialize(model, seed, bn_init, weight_init):
         affine = gamma_and_beta(module)
         if affine is not None:
             gamma, beta = affine
-            gamma_values, beta_values = BN_INITS[bn_init](rng.uniform(0, 1, len(gamma)))
+            u = rng.uniform(0, 1, len(gamma))
+            gamma_values, beta_values = BN_INITS[bn_init](u)
             gamma.copy_(torch.from_numpy(gamma_values))
             beta.copy_(torch.from_numpy(beta_values))
         if isinstance(module, WeightNormConv2d):
@@ -223,15 +227,19 @@ def kaiming_uniform(z, std):
 
 
 def orthogonal(z, std):
-    """Orthonormal rows, or columns if there are more rows, as nn.init.orthogonal_ (no std).
+    """Orthonormal rows, or columns if there are more rows than columns, as nn.init.orthogonal_.
 
-    Another machine's qr can round them differently.
+    They do not depend on std. Another machine's np.linalg.qr can round differently.
     """
-    rows = z.reshape(len(z), -1)
-    wide = rows.shape[0] < rows.shape[1]
-    q, r = np.linalg.qr(rows.T if wide else rows)
+    matrix = z.reshape(len(z), -1)
+    wide = matrix.shape[0] < matrix.shape[1]
+    if wide:
+        matrix = matrix.T
+    q, r = np.linalg.qr(matrix)
     q = q * np.sign(np.diag(r))   # makes the decomposition unique
-    return (q.T if wide else q).reshape(z.shape)
+    if wide:
+        q = q.T
+    return q.reshape(z.shape)
 
 
 def binary(z, std):

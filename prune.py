@@ -41,11 +41,11 @@ def zero_gammas(model, threshold):
 
 
 def prune_table(model, images, labels, thresholds):
-    """What zeroing the gammas below each threshold does: a dict for each, from the smallest up.
+    """Zero the gammas below each threshold, from the smallest up, and evaluate in fp32.
 
-    Each holds "threshold", "pruned" (share of the gammas with |gamma| < threshold), "test_accuracy"
-    with those set to zero, in fp32, both in percent, and "change" in points against the unpruned
-    network, whose row comes first, with a threshold of 0. Leaves the network pruned.
+    Returns a dict for each threshold: "threshold"; "pruned", the share of gammas with |gamma| <
+    threshold, and "test_accuracy", both in percent; "change" of the accuracy, in points. The first
+    is that of the unpruned network, with threshold 0. Leaves the network pruned.
     """
     original = gammas(model).abs()
     rows = []

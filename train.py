@@ -484,9 +484,10 @@ def set_learning_rate(optimizer, lr):
 
 
 def make_step(model, optimizer, scaler, precision, size, last_size, args):
-    """step(images, labels), see train_step: on CUDA without --plain, as fast as it can be made.
+    """Make a function step(images, labels), which does what train_step does.
 
-    size, last_size: of the batches. Leaves network, momentum and scaler as they were.
+    On CUDA without --plain, it is the fast step of make_fast. size, last_size: the numbers of
+    images in a batch and in the last batch. Leaves network, momentum and scaler as they were.
     """
     def step(images, labels):
         if args.plain:
@@ -1073,7 +1074,7 @@ def add_device_arguments(parser):
     parser.add_argument("--data-dir", type=os.path.expanduser, default="data", metavar="DIR",
                         help="where CIFAR-10 is, or is downloaded to (default: %(default)s)")
     parser.add_argument("--device", default="auto",
-                        help="cuda, cuda:1, mps, or cpu (default: cuda if there is one, or cpu)")
+                        help="auto, cuda, cuda:1, mps or cpu (default: auto: a GPU, or the CPU)")
 
 
 def make_parser():
@@ -1103,14 +1104,14 @@ def make_parser():
     add("batch_size", "images per step", type=int, metavar="N")
     add("lr", "initial learning rate of SGD with momentum 0.9", type=float, metavar="X")
     add("weight_decay", "L2 penalty on whatever trains", type=float, metavar="X")
-    add("amp", "auto is bf16 on CUDA (fp16 if the GPU is older), off elsewhere",
+    add("amp", "precision: off is fp32, auto is bf16 on CUDA (fp16 on older GPUs), off elsewhere",
         choices=["auto", *AMP_DTYPES])
     parser.add_argument("--plain", action="store_true",
                         help="train without channels_last, fused optimizer, compilation, "
                              "CUDA graphs")
     parser.add_argument("--out", type=os.path.expanduser, metavar="x.pt",
                         help="checkpoint; by default runs/NAME.pt, where NAME has arch, what "
-                             "trains, and whatever else differs from the defaults")
+                             "trains, all that differs from the defaults, and the seed")
     parser.add_argument("--resume", action="store_true",
                         help="continue from the checkpoint, if it exists")
     add_device_arguments(parser)
